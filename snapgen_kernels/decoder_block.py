@@ -1,0 +1,197 @@
+"""The block of the tiny decoder: expanded separable convolutions with one GroupNorm.
+
+Formula, for x [B, C, H, W] and expansion e::
+
+    y = x + PW2(SiLU(GN(DW2(PW1(DW1(x))))))        C -> C -> eC -> eC -> C
+
+DW1 and DW2 are depthwise 3x3 with bias, PW1 and PW2 pointwise without. Norm statistics are fp32; convolutions
+accumulate in fp32 and round to the dtype of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snapgen_kernels import _backend
+from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
+from snapgen_kernels.group_norm_silu import group_norm_silu
+from snapgen_kernels.group_norm_silu import reference as group_norm_silu_reference
+from snapgen_kernels.sepconv import check_separable, new_image
+
+NAME = "decoder_block"
+
+
+def _formula(
+    norm_silu: Callable[[Tensor, int, Tensor, Tensor, float], Tensor],
+    x: Tensor,
+    dw1_weight: Tensor,
+    dw1_bias: Tensor,
+    pw1_weight: Tensor,
+    dw2_weight: Tensor,
+    dw2_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pw2_weight: Tensor,
+    num_groups: int,
+    eps: float,
+) -> Tensor:
+    h = F.conv2d(x, dw1_weight, dw1_bias, padding=1, groups=dw1_weight.shape[0])
+    h = F.conv2d(h, pw1_weight)
+    h = F.conv2d(h, dw2_weight, dw2_bias, padding=1, groups=dw2_weight.shape[0])
+    return x + F.conv2d(norm_silu(h, num_groups, norm_weight, norm_bias, eps), pw2_weight)
+
+
+def reference(
+    x: Tensor,
+    dw1_weight: Tensor,
+    dw1_bias: Tensor,
+    pw1_weight: Tensor,
+    dw2_weight: Tensor,
+    dw2_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pw2_weight: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The formula in plain PyTorch: [B, C, H, W] -> [B, C, H, W]."""
+    return _formula(
+        group_norm_silu_reference,
+        x,
+        dw1_weight,
+        dw1_bias,
+        pw1_weight,
+        dw2_weight,
+        dw2_bias,
+        norm_weight,
+        norm_bias,
+        pw2_weight,
+        num_groups,
+        eps,
+    )
+
+
+def _fake(x: Tensor, *_: Tensor | int | float) -> Tensor:
+    return new_image(x, x.shape[1], x.shape[2], x.shape[3])
+
+
+_WEIGHTS = (
+    "dw1_weight",
+    "dw1_bias",
+    "pw1_weight",
+    "dw2_weight",
+    "dw2_bias",
+    "norm_weight",
+    "norm_bias",
+    "pw2_weight",
+)
+OP = register(
+    NAME,
+    "Tensor x, " + "".join(f"Tensor {name}, " for name in _WEIGHTS) + "int num_groups, float eps=1e-6",
+    outputs=1,
+    differentiable=("x", *_WEIGHTS),
+    reference=reference,
+    fake=_fake,
+    cast=("x", "dw1_weight", "dw1_bias", "pw1_weight", "dw2_weight", "dw2_bias", "pw2_weight"),
+)
+
+
+def _unsupported(x: Tensor, pw1_weight: Tensor) -> str | None:
+    """None if a fused kernel takes this call, else the reason."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x has dtype {x.dtype}; allowed: float32, bfloat16, float16"
+    if pw1_weight.dtype != x.dtype:
+        return f"pw1_weight has dtype {pw1_weight.dtype}; expected that of x, {x.dtype}"
+    return None
+
+
+def decoder_block(
+    x: Tensor,
+    dw1_weight: Tensor,
+    dw1_bias: Tensor,
+    pw1_weight: Tensor,
+    dw2_weight: Tensor,
+    dw2_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pw2_weight: Tensor,
+    num_groups: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The tiny decoder's block.
+
+    Where the device has no fused kernel of the whole, ``auto`` composes it of PyTorch's convolutions and
+    :func:`group_norm_silu`, with ordinary autograd: nothing is recomputed in the backward.
+
+    Args:
+        x: [B, C, H, W]; channels_last is fastest.
+        dw1_weight: [C, 1, 3, 3]. dw1_bias: [C]. pw1_weight: [M, C, 1, 1]. dw2_weight: [M, 1, 3, 3]. dw2_bias: [M].
+        norm_weight, norm_bias: [M]. pw2_weight: [C, M, 1, 1].
+        num_groups: divides M.
+
+    Returns:
+        [B, C, H, W] in the memory format of x.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        FusedUnavailable: under ``use("fused")``, no kernel takes this call.
+    """
+    check_image(NAME, "x", x)
+    channels = x.shape[1]
+    middle = check_separable(NAME, x, ("dw1_weight", dw1_weight), ("pw1_weight", pw1_weight), channels)
+    check_shape(NAME, "dw1_bias", dw1_bias, (channels,), x)
+    check_shape(NAME, "dw2_weight", dw2_weight, (middle, 1, 3, 3), x)
+    check_shape(NAME, "pw2_weight", pw2_weight, (channels, middle, 1, 1), x)
+    check_groups(NAME, middle, num_groups)
+    for name, tensor in (("dw2_bias", dw2_bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        check_shape(NAME, name, tensor, (middle,), x)
+    weights = (dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
+    if _backend.select(NAME, x.device.type, _unsupported(x, pw1_weight)):
+        return torch.ops.snapgen.decoder_block(x, *weights, num_groups, eps)
+    return _formula(group_norm_silu, x, *weights, num_groups, eps)
+
+
+def cost(case: CostCase) -> tuple[int, int]:
+    """(FLOPs, fewest bytes) of the forward: x and weights read once, y written once, the middle never stored."""
+    d = case.dims
+    channels, middle, pixels = d["C"], d["M"], d["B"] * d["H"] * d["W"]
+    weights = channels * (9 + middle) + middle * (9 + channels)
+    return 2 * pixels * weights + 12 * pixels * middle, (2 * pixels * channels + weights) * case.dtype.itemsize
+
+
+class DecoderBlock(nn.Module):
+    """:func:`decoder_block` with its parameters.
+
+    State-dict keys: ``depthwise1``, ``depthwise2`` (3x3 Conv2d with bias), ``pointwise1``, ``pointwise2`` (1x1, no
+    bias), ``norm`` (GroupNorm over expansion * channels).
+    """
+
+    def __init__(self, channels: int, *, expansion: int = 3, num_groups: int = 32, eps: float = 1e-6) -> None:
+        super().__init__()
+        middle = expansion * channels
+        self.depthwise1 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.pointwise1 = nn.Conv2d(channels, middle, 1, bias=False)
+        self.depthwise2 = nn.Conv2d(middle, middle, 3, padding=1, groups=middle)
+        self.norm = nn.GroupNorm(num_groups, middle, eps=eps)
+        self.pointwise2 = nn.Conv2d(middle, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        assert self.depthwise1.bias is not None and self.depthwise2.bias is not None
+        return decoder_block(
+            x,
+            self.depthwise1.weight,
+            self.depthwise1.bias,
+            self.pointwise1.weight,
+            self.depthwise2.weight,
+            self.depthwise2.bias,
+            self.norm.weight,
+            self.norm.bias,
+            self.pointwise2.weight,
+            self.norm.num_groups,
+            self.norm.eps,
+        )

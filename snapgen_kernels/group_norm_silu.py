@@ -1,0 +1,121 @@
+"""GroupNorm followed by SiLU.
+
+Formula, for x [B, C, H, W] split into G groups of C/G channels::
+
+    mean, var = statistics of x over the channels of a group and all pixels (biased variance)
+    z = (x - mean) * rstd * weight[c] + bias[c],   rstd = 1 / sqrt(var + eps)
+    y = z * sigmoid(z)
+
+Statistics and arithmetic are fp32 (fp64 for fp64 input) whatever the dtype of x; y is rounded once. Backward, with
+n = (C/G) H W, xhat = (x - mean) rstd, dz = dy sigmoid(z) (1 + z (1 - sigmoid(z))), g = dz weight[c]::
+
+    dx = rstd (g - mean_n(g) - xhat mean_n(g xhat)),   dweight[c] = sum dz xhat,   dbias[c] = sum dz
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snapgen_kernels import _backend
+from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
+
+NAME = "group_norm_silu"
+
+
+class Norm(NamedTuple):
+    """A GroupNorm + SiLU prologue for other ops: ``SiLU(GroupNorm(x))`` with these parameters ([C] each)."""
+
+    num_groups: int
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64 input: the dtype of statistics and accumulation."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """SiLU(GroupNorm(x)) in plain PyTorch: [B, C, H, W] -> [B, C, H, W]."""
+    wide = compute_dtype(x)
+    z = F.group_norm(x.to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
+    return F.silu(z).to(x.dtype)
+
+
+def _reference_with_statistics(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = x.detach().to(compute_dtype(x)).reshape(x.shape[0], num_groups, -1)
+    var, mean = torch.var_mean(groups, dim=2, correction=0)
+    return reference(x, num_groups, weight, bias, eps), mean, torch.rsqrt(var + eps)
+
+
+def _fake(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.new_empty((x.shape[0], num_groups), dtype=compute_dtype(x))
+    return torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+
+OP = register(
+    NAME,
+    "Tensor x, int num_groups, Tensor weight, Tensor bias, float eps",
+    outputs=1,
+    saved=2,  # mean and rstd, [B, G]
+    differentiable=("x", "weight", "bias"),
+    reference=_reference_with_statistics,
+    fake=_fake,
+)
+
+
+def _unsupported(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    """None if the fused kernels take this call, else the reason."""
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"x has dtype {x.dtype}; the kernels take float32 and bfloat16"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.dtype not in (torch.float32, x.dtype):
+            return f"{name} has dtype {tensor.dtype}; the kernels take float32 or the dtype of x ({x.dtype})"
+    return None
+
+
+def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """SiLU(GroupNorm(x)), with fp32 statistics.
+
+    Args:
+        x: [B, C, H, W], any floating dtype; channels_last is fastest, every layout works.
+        num_groups: divides C.
+        weight, bias: [C], in fp32 or the dtype of x.
+        eps: added to the variance.
+
+    Returns:
+        [B, C, H, W] in the dtype and memory format of x.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        FusedUnavailable: under ``use("fused")``, no kernel takes this call.
+    """
+    check_image(NAME, "x", x)
+    channels = x.shape[1]
+    check_groups(NAME, channels, num_groups)
+    check_shape(NAME, "weight", weight, (channels,), x)
+    check_shape(NAME, "bias", bias, (channels,), x)
+    if _backend.select(NAME, x.device.type, _unsupported(x, weight, bias)):
+        return torch.ops.snapgen.group_norm_silu(x, num_groups, weight, bias, eps)[0]
+    return reference(x, num_groups, weight, bias, eps)
+
+
+def cost(case: CostCase) -> tuple[int, int]:
+    """(FLOPs, fewest bytes) of the forward: x is read once and y written once; about 12 operations an element."""
+    d = case.dims
+    elements = d["B"] * d["C"] * d["H"] * d["W"]
+    return 12 * elements, 2 * elements * case.dtype.itemsize + 2 * d["C"] * case.dtype.itemsize
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """``nn.Sequential(GroupNorm, SiLU)`` as one module; state-dict keys of ``nn.GroupNorm``: weight, bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps)

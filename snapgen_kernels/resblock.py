@@ -1,0 +1,243 @@
+"""The expanded separable residual block.
+
+Formula, for x [B, C, H, W] and shift [B, M]::
+
+    h = PW1(DW1(SiLU(GN1(x)))) + shift[:, :, None, None]       C -> M
+    y = PW2(DW2(SiLU(GN2(h)))) + (x, or conv1x1(x) where C != O)   M -> O
+
+M is the expanded width (paper: twice the wider of C and O). shift is the projected time embedding. Norm statistics are
+fp32; convolutions accumulate in fp32 and round to the dtype of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snapgen_kernels import _backend
+from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
+from snapgen_kernels.group_norm_silu import Norm
+from snapgen_kernels.sepconv import SepConv2d, check_separable, new_image, sepconv
+from snapgen_kernels.sepconv import reference as sepconv_reference
+
+NAME = "resblock"
+
+
+def reference(
+    x: Tensor,
+    shift: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    dw1_weight: Tensor,
+    pw1_weight: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    dw2_weight: Tensor,
+    pw2_weight: Tensor,
+    shortcut_weight: Tensor | None = None,
+    shortcut_bias: Tensor | None = None,
+    num_groups: int = 32,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The formula in plain PyTorch: [B, C, H, W] -> [B, O, H, W]."""
+    skip = x if shortcut_weight is None else F.conv2d(x, shortcut_weight, shortcut_bias)
+    h = sepconv_reference(x, dw1_weight, pw1_weight, None, None, norm1_weight, norm1_bias, shift, None, num_groups, eps)
+    return sepconv_reference(
+        h, dw2_weight, pw2_weight, None, None, norm2_weight, norm2_bias, None, skip, num_groups, eps
+    )
+
+
+def _composed(
+    x: Tensor,
+    shift: Tensor,
+    norm1: Norm,
+    dw1_weight: Tensor,
+    pw1_weight: Tensor,
+    norm2: Norm,
+    dw2_weight: Tensor,
+    pw2_weight: Tensor,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+    half: Callable[..., Tensor] = sepconv,
+) -> Tensor:
+    skip = x if shortcut_weight is None else F.conv2d(x, shortcut_weight, shortcut_bias)
+    h = half(x, dw1_weight, pw1_weight, norm=norm1, shift=shift)
+    return half(h, dw2_weight, pw2_weight, norm=norm2, residual=skip)
+
+
+def _fake(x: Tensor, shift: Tensor, *weights: Tensor | int | float | None) -> Tensor:
+    pw2_weight = weights[7]
+    assert isinstance(pw2_weight, Tensor)
+    return new_image(x, pw2_weight.shape[0], x.shape[2], x.shape[3])
+
+
+_WEIGHTS = (
+    "norm1_weight",
+    "norm1_bias",
+    "dw1_weight",
+    "pw1_weight",
+    "norm2_weight",
+    "norm2_bias",
+    "dw2_weight",
+    "pw2_weight",
+)
+OP = register(
+    NAME,
+    "Tensor x, Tensor shift, "
+    + "".join(f"Tensor {name}, " for name in _WEIGHTS)
+    + "Tensor? shortcut_weight=None, Tensor? shortcut_bias=None, int num_groups=32, float eps=1e-5",
+    outputs=1,
+    differentiable=("x", "shift", *_WEIGHTS, "shortcut_weight", "shortcut_bias"),
+    reference=reference,
+    fake=_fake,
+    cast=(
+        "x",
+        "shift",
+        "dw1_weight",
+        "pw1_weight",
+        "dw2_weight",
+        "pw2_weight",
+        "shortcut_weight",
+        "shortcut_bias",
+    ),
+)
+
+
+def _unsupported(x: Tensor, dw1_weight: Tensor, norm1: Norm, norm2: Norm) -> str | None:
+    """None if a fused kernel takes this call, else the reason."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"x has dtype {x.dtype}; allowed: float32, bfloat16, float16"
+    if dw1_weight.dtype != x.dtype:
+        return f"dw1_weight has dtype {dw1_weight.dtype}; expected that of x, {x.dtype}"
+    if norm1.num_groups != norm2.num_groups or norm1.eps != norm2.eps:
+        return "norm1 and norm2 differ in num_groups or eps; the kernel takes one of each"
+    return None
+
+
+def resblock(
+    x: Tensor,
+    shift: Tensor,
+    norm1: Norm,
+    dw1_weight: Tensor,
+    pw1_weight: Tensor,
+    norm2: Norm,
+    dw2_weight: Tensor,
+    pw2_weight: Tensor,
+    *,
+    shortcut_weight: Tensor | None = None,
+    shortcut_bias: Tensor | None = None,
+) -> Tensor:
+    """The expanded separable residual block.
+
+    Where the device has no fused kernel of the whole, ``auto`` composes it of two :func:`sepconv`, with ordinary
+    autograd.
+
+    Args:
+        x: [B, C, H, W]; channels_last is fastest. shift: [B, M].
+        norm1: GroupNorm parameters over C. norm2: over M.
+        dw1_weight: [C, 1, 3, 3]. pw1_weight: [M, C, 1, 1]. dw2_weight: [M, 1, 3, 3]. pw2_weight: [O, M, 1, 1].
+        shortcut_weight: [O, C, 1, 1], needed where C != O. shortcut_bias: [O] or None.
+
+    Returns:
+        [B, O, H, W] in the memory format of x.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        FusedUnavailable: under ``use("fused")``, no kernel takes this call.
+    """
+    check_image(NAME, "x", x)
+    batch, channels = x.shape[:2]
+    middle = check_separable(NAME, x, ("dw1_weight", dw1_weight), ("pw1_weight", pw1_weight), channels)
+    outputs = check_separable(NAME, x, ("dw2_weight", dw2_weight), ("pw2_weight", pw2_weight), middle)
+    check_shape(NAME, "shift", shift, (batch, middle), x)
+    for name, norm, width_ in (("norm1", norm1, channels), ("norm2", norm2, middle)):
+        check_groups(NAME, width_, norm.num_groups)
+        check_shape(NAME, f"{name}.weight", norm.weight, (width_,), x)
+        check_shape(NAME, f"{name}.bias", norm.bias, (width_,), x)
+    check_shape(NAME, "shortcut_weight", shortcut_weight, (outputs, channels, 1, 1), x)
+    check_shape(NAME, "shortcut_bias", shortcut_bias, (outputs,), x)
+    if shortcut_weight is None and (channels != outputs or shortcut_bias is not None):
+        raise ValueError(f"{NAME}: shortcut_weight is None; x has {channels} channels and the output {outputs}")
+    if _backend.select(NAME, x.device.type, _unsupported(x, dw1_weight, norm1, norm2)):
+        return torch.ops.snapgen.resblock(
+            x,
+            shift,
+            norm1.weight,
+            norm1.bias,
+            dw1_weight,
+            pw1_weight,
+            norm2.weight,
+            norm2.bias,
+            dw2_weight,
+            pw2_weight,
+            shortcut_weight,
+            shortcut_bias,
+            norm1.num_groups,
+            norm1.eps,
+        )
+    return _composed(
+        x, shift, norm1, dw1_weight, pw1_weight, norm2, dw2_weight, pw2_weight, shortcut_weight, shortcut_bias
+    )
+
+
+def cost(case: CostCase) -> tuple[int, int]:
+    """(FLOPs, fewest bytes) of the forward: x and weights read once, y written once, nothing kept between the
+    halves."""
+    d = case.dims
+    channels, middle, outputs = d["C"], d["M"], d["O"]
+    pixels = d["B"] * d["H"] * d["W"]
+    weights = channels * (9 + middle) + middle * (9 + outputs) + (channels * outputs if channels != outputs else 0)
+    flops = 2 * pixels * weights + 12 * pixels * (channels + middle)
+    return flops, (pixels * (channels + outputs) + weights) * case.dtype.itemsize
+
+
+class SepResBlock(nn.Module):
+    """The residual block with its time projection.
+
+    State-dict keys: ``norm1``, ``norm2`` (GroupNorm), ``conv1``, ``conv2`` (:class:`SepConv2d`), ``time_emb_proj``
+    (Linear), ``conv_shortcut`` (1x1 Conv2d with bias, only where in_channels != out_channels).
+
+    Args:
+        mid_channels: M; None: 2 * max(in_channels, out_channels).
+        temb_channels: width of the time embedding.
+        num_groups: divides in_channels and mid_channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        mid_channels: int | None = None,
+        temb_channels: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        middle = 2 * max(in_channels, out_channels) if mid_channels is None else mid_channels
+        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=eps)
+        self.conv1 = SepConv2d(in_channels, middle)
+        self.time_emb_proj = nn.Linear(temb_channels, middle)
+        self.norm2 = nn.GroupNorm(num_groups, middle, eps=eps)
+        self.conv2 = SepConv2d(middle, out_channels)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """x [B, C, H, W], temb [B, temb_channels] (SiLU is applied here) -> [B, O, H, W]."""
+        shift = self.time_emb_proj(F.silu(temb))
+        shortcut = self.conv_shortcut
+        return resblock(
+            x,
+            shift,
+            Norm(self.norm1.num_groups, self.norm1.weight, self.norm1.bias, self.norm1.eps),
+            self.conv1.depthwise.weight,
+            self.conv1.pointwise.weight,
+            Norm(self.norm2.num_groups, self.norm2.weight, self.norm2.bias, self.norm2.eps),
+            self.conv2.depthwise.weight,
+            self.conv2.pointwise.weight,
+            shortcut_weight=None if shortcut is None else shortcut.weight,
+            shortcut_bias=None if shortcut is None else shortcut.bias,
+        )
