@@ -15,7 +15,8 @@ Right verdicts over 3,200 scenes of the training split, each against its own cap
 | | | JPEG at quality 50 (chroma halved) | 99.9% |
 
 None of 3,132 captions made wrong in one respect (shape, colour, count, relation, colours swapped) was accepted for
-1,000 scenes, clean, noisy (32/255), blurred (1.5 px) or after JPEG. One core judges 200 to 300 pictures of 64 px a second.
+1,000 scenes, clean, noisy (32/255), blurred (1.5 px) or after JPEG. One core judges 200 to 300 pictures
+of 64 px a second.
 """
 
 from __future__ import annotations
