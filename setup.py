@@ -11,8 +11,14 @@ import os
 
 from setuptools import setup
 
-SOURCES = ["csrc/module.cpp", "csrc/group_norm_silu.cpp"]
-HEADERS = ["csrc/common.h", "csrc/group_norm_silu_kernel.h"]
+SOURCES = [
+    "csrc/module.cpp",
+    "csrc/isa_portable.cpp",
+    "csrc/isa_avx2.cpp",
+    "csrc/isa_avx512.cpp",
+    "csrc/group_norm_silu.cpp",
+]
+HEADERS = ["csrc/kernels.h", "csrc/simd.h", "csrc/isa.h", "csrc/group_norm_silu_kernel.h"]
 # PyTorch 2.11, the oldest release that the package supports.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
@@ -20,14 +26,14 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 def cpp_extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    windows = os.name == "nt"
-    flags = ["/O2", "/std:c++17"] if windows else ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off"]
+    # The kernels are written in the vector extension of GCC and Clang. Vectors never cross a call, so -Wpsabi has no say.
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
     extension = CppExtension(
         "snapgen_kernels._C",
         SOURCES,
         depends=HEADERS,
         define_macros=[("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args={"cxx": flags},
+        extra_compile_args=flags,
         py_limited_api=True,
     )
     return {

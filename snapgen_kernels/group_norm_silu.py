@@ -68,13 +68,21 @@ OP = register(
     differentiable=("x", "weight", "bias"),
     reference=_reference_with_statistics,
     fake=_fake,
+    kernels=("cpu",),
 )
+
+
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def _unsupported(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     """None if the fused kernels take this call, else the reason."""
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"x has dtype {x.dtype}; the kernels take float32 and bfloat16"
+    allowed = _DTYPES.get(x.device.type, ())
+    if x.dtype not in allowed:
+        return f"x has dtype {x.dtype} on {x.device.type}; the kernels take {', '.join(map(str, allowed)) or 'none there'}"
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.dtype not in (torch.float32, x.dtype):
             return f"{name} has dtype {tensor.dtype}; the kernels take float32 or the dtype of x ({x.dtype})"

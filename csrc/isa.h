@@ -1,0 +1,23 @@
+// The body of isa_<set>.cpp: every kernel, in the namespace of that set, and their table.
+// SG_ISA is the namespace, VECTOR_BYTES the register width.
+#include "kernels.h"
+
+#define SG_INLINE static inline __attribute__((always_inline))
+
+namespace snapgen::SG_ISA {
+namespace {
+#include "simd.h"
+#include "group_norm_silu_kernel.h"
+}  // namespace
+
+#define SG_STRING_(name) #name
+#define SG_STRING(name) SG_STRING_(name)
+extern const Kernels kernels;
+const Kernels kernels = {
+    SG_STRING(SG_ISA),
+    group_norm_silu_table<float>(),
+    group_norm_silu_table<bf16>(),
+    group_norm_silu_table<double>(),
+};
+
+}  // namespace snapgen::SG_ISA

@@ -1,0 +1,19 @@
+// Chosen at run time on x86-64 processors that have: avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2.
+#if defined(__x86_64__)
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
+#endif
+
+#define SG_ISA avx512
+#define VECTOR_BYTES 64
+#include "isa.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
