@@ -5,9 +5,11 @@ an uninterrupted one would have seen. Shards are indexed once by their tar heade
 
 What cannot be used is never dropped in silence: each is counted by reason, logged and listed by `report()`. Missing
 partners show at the start. A broken picture or caption shows when it is first read (at the start with `verify=True`);
-the next usable pair then stands in, the same one every time. Where a DataLoader has workers, each counts and logs what it meets
-itself, so that only `verify=True` gives one whole report. Only pictures, text and JSON are ever opened: shard
-members of any other kind (.pyd, .pth, ...) are not read, let alone unpickled.
+the next usable pair then stands in, the same one every time. Where a DataLoader has workers, each counts and logs what
+it meets itself, so that only `verify=True` gives one whole report.
+
+Only pictures, text and JSON are ever opened: shard members of any other kind (.pyd, .pth, ...) are not read, let alone
+unpickled.
 """
 
 from __future__ import annotations
