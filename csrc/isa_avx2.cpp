@@ -1,5 +1,7 @@
 // Chosen at run time on x86-64 processors that have: avx2,fma,f16c,bmi,bmi2.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -9,6 +11,7 @@
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 #endif
 
+#define SG_AVX2 1
 #define SG_ISA avx2
 #define VECTOR_BYTES 32
 #include "isa.h"
