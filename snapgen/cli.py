@@ -1,0 +1,237 @@
+"""`snapgen`: draw, train, inspect, evaluate and export from the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from snapgen.train import TrainConfig
+
+console = Console()
+
+
+def generate(
+    prompt: Positional[tuple[str, ...]],
+    *,
+    out: Annotated[Path, arg(aliases=["-o"])] = Path("out.png"),
+    checkpoint: str = "tiny",
+    steps: int = 28,
+    guidance: float = 4.0,
+    seed: int = 0,
+    count: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+) -> None:
+    """Draw pictures from prompts.
+
+    Args:
+        prompt: What to draw; several prompts give a grid.
+        out: Picture file to write (.png, .jpg, .webp).
+        checkpoint: A folder saved by training or by diffusers, or the name of a shipped one.
+        steps: Euler steps; 28 is the paper's, 4 is quick.
+        guidance: Classifier-free guidance scale; 1 turns it off.
+        seed: Same seed, same picture.
+        count: Pictures for each prompt.
+        height: Pixels; by default what the model was trained at.
+        width: Pixels; by default what the model was trained at.
+    """
+    import torch
+
+    from snapgen import io
+    from snapgen.pictures import save_grid
+    from snapgen.pipeline import SnapGenPipeline
+
+    pipe = SnapGenPipeline.from_pretrained(checkpoint)
+    pictures = pipe(
+        list(prompt),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        num_images_per_prompt=count,
+        generator=torch.Generator().manual_seed(seed),
+        height=height,
+        width=width,
+    ).images
+    if len(pictures) == 1:
+        with io.whole_file(out) as temporary:
+            pictures[0].save(temporary)
+    else:
+        captions = [text for text in prompt for _ in range(count)]
+        save_grid(pictures, out, captions=captions, size=max(128, pictures[0].width))
+    console.print(f"wrote {out} ({len(pictures)} of {pictures[0].width}x{pictures[0].height} pixels)")
+
+
+def train(
+    *,
+    out: Annotated[Path, arg(aliases=["-o"])],
+    preset: str = "tiny",
+    data: str = "shapes",
+    autoencoder: str = "tiny",
+    config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
+) -> None:
+    """Train a denoiser, and with it the tiny text encoder. Run the same command again to resume.
+
+    Args:
+        out: The run's folder: checkpoints, sample grids, TensorBoard, and at the end export/ for `snapgen generate`.
+        preset: Which model (`snapgen info` lists them).
+        data: "shapes", a folder of pictures and captions, or WebDataset shards (.tar).
+        autoencoder: Whose latents: a shipped checkpoint's name, or the export/ folder of `snapgen train-autoencoder`.
+        config: How to train.
+    """
+    from snapgen.runs import train_denoiser
+
+    exported = train_denoiser(preset, data, autoencoder, config, out, console)
+    console.print(f'trained; draw with: snapgen generate "a red circle" --checkpoint {exported}')
+
+
+def train_autoencoder(
+    *,
+    out: Annotated[Path, arg(aliases=["-o"])],
+    preset: str = "tiny",
+    data: str = "shapes",
+    config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008
+) -> None:
+    """Train the encoder and decoder of a preset whose latents are its own. Run the same command again to resume.
+
+    Args:
+        out: The run's folder.
+        preset: Which model.
+        data: "shapes", a folder of pictures and captions, or WebDataset shards (.tar).
+        config: How to train.
+    """
+    from snapgen.runs import train_autoencoder as run
+
+    exported = run(preset, data, config, out, console)
+    console.print(f"trained; use it with: snapgen train --autoencoder {exported} -o ...")
+
+
+def info(*, preset: str | None = None, ladder: bool = False, device: bool = False) -> None:
+    """Parameters and MACs of a preset, the ablation ladder, or what this machine can run.
+
+    Args:
+        preset: Count this preset, stage by stage.
+        ladder: The ablation ladder beside the published changes.
+        device: Versions, usable kernels, and why one is not.
+    """
+    from snapgen import info as pages
+    from snapgen.config import PRESETS
+
+    if preset is not None:
+        pages.print_preset(preset, console)
+    if ladder:
+        pages.print_ladder(console)
+    if device:
+        pages.print_device(console)
+    if preset is None and not ladder and not device:
+        for known in PRESETS.values():
+            console.print(f"[bold]{known.name:14}[/]{known.about}")
+        console.print("more: snapgen info --preset NAME, --ladder, --device")
+
+
+def evaluate(
+    checkpoint: Positional[str] = "tiny",
+    *,
+    steps: tuple[int, ...] = (28, 4),
+    guidance: float = 4.0,
+    per_skill: int = 50,
+    seed: int = 0,
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+) -> None:
+    """Score a checkpoint on captions of the shapes world that training never showed.
+
+    Args:
+        checkpoint: A folder, or the name of a shipped one.
+        steps: Numbers of Euler steps to score.
+        guidance: Classifier-free guidance scale.
+        per_skill: Captions for each of the six skills.
+        seed: Decides captions and noise.
+        out: Also write the scores here as JSON.
+    """
+    from snapgen import io
+    from snapgen.evaluate import print_scores, score_shapes
+    from snapgen.pipeline import SnapGenPipeline
+
+    pipe = SnapGenPipeline.from_pretrained(checkpoint)
+    scores = {
+        f"{count} steps": score_shapes(
+            pipe, steps=count, guidance=guidance, per_skill=per_skill, seed=seed, console=console
+        )
+        for count in steps
+    }
+    print_scores(scores, console)
+    if out is not None:
+        io.write_json(out, scores)
+
+
+def export_coreml(
+    checkpoint: Positional[str] = "tiny",
+    *,
+    out: Annotated[Path, arg(aliases=["-o"])] = Path("out/coreml"),
+    target: str = "iOS17",
+) -> None:
+    """Export a checkpoint to Core ML packages, checked against PyTorch before they are kept.
+
+    Args:
+        checkpoint: A folder, or the name of a shipped one.
+        out: Folder for the .mlpackage files.
+        target: Oldest system that the packages must run on: iOS17 or iOS18.
+    """
+    from snapgen.export.coreml import main_coreml
+
+    main_coreml(checkpoint, out, target=target)
+
+
+def demo(*, out: Annotated[Path, arg(aliases=["-o"])] = Path("out"), per_skill: int = 25) -> None:
+    """Draw, score, time, export, and write it all to one report.html.
+
+    Args:
+        out: Folder to write to.
+        per_skill: Captions for each of the six skills when scoring.
+    """
+    from snapgen.demo import run
+
+    run(out, per_skill=per_skill, console=console)
+
+
+COMMANDS = {
+    "generate": generate,
+    "demo": demo,
+    "info": info,
+    "train": train,
+    "train-autoencoder": train_autoencoder,
+    "eval": evaluate,
+    "export-coreml": export_coreml,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: run a command; a mistake of the user's gives one line and exit code 2."""
+    # Progress bars of the libraries we call would tear ours; their warnings about the hub do not concern local files.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.showwarning = _show_warning
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="snapgen", description="SnapGen: text to pictures, small enough for a phone.", args=argv
+        )
+    except KeyboardInterrupt as interrupt:
+        console.print(f"[yellow]{interrupt or 'stopped'}[/]")
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        console.print(f"[red]error:[/] {error}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    # Ours speak to the user; a library's deprecations do not.
+    if issubclass(category, UserWarning) and "snapgen" in filename:
+        console.print(f"[yellow]note:[/] {message}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The tiny decoder (SnapGen, section 3.2) and, for models whose latents are our own, an encoder of the same blocks.
+
+The decoder has no attention, one GroupNorm a block, separable convolutions, fewer blocks at high resolution, and no
+convolution in any shortcut: a stage keeps its width, and the upsampler that leaves it changes channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from snapgen_kernels import DecoderBlock, SepConv2d
+
+
+def _check_stages(channels: tuple[int, ...], blocks: tuple[int, ...]) -> None:
+    if len(channels) != len(blocks):
+        raise ValueError(f"blocks: got {len(blocks)} entries for the {len(channels)} stages of `channels`")
+
+
+def _block(width: int, expansion: int, norm_groups: int) -> DecoderBlock:
+    # A width such as 112 does not divide into 32 groups; the largest count that both allow then stands in.
+    return DecoderBlock(width, expansion=expansion, num_groups=math.gcd(norm_groups, expansion * width))
+
+
+class TinyDecoder(ModelMixin, ConfigMixin):
+    """Latents [B, latent_channels, H, W] to pictures [B, 3, 8H, 8W] in [-1, 1] (8 for four stages).
+
+    Args:
+        latent_channels: 16 for SD3's latents.
+        channels: width of each stage, from low to high resolution.
+        blocks: residual blocks of each stage.
+        expansion: width of a block's middle over its width.
+        scaling_factor, shift_factor: a latent z of the autoencoder enters the denoiser as
+            (z - shift_factor) * scaling_factor; `decode` undoes that.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        latent_channels: int = 16,
+        channels: tuple[int, ...] = (224, 160, 128, 112),
+        blocks: tuple[int, ...] = (3, 3, 3, 2),
+        expansion: int = 2,
+        norm_groups: int = 32,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_stages(channels, blocks)
+        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(_block(width, expansion, norm_groups) for _ in range(depth))
+            for width, depth in zip(channels, blocks, strict=True)
+        )
+        self.upsamplers = nn.ModuleList(
+            SepConv2d(width, following, upsample=True, dw_bias=True)
+            for width, following in zip(channels[:-1], channels[1:], strict=True)
+        )
+        self.norm_out = nn.GroupNorm(math.gcd(norm_groups, channels[-1]), channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    @property
+    def upscale(self) -> int:
+        """Pixels per latent cell along a side."""
+        return 1 << len(self.upsamplers)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Decode unscaled latents [B, latent_channels, H, W] to pictures [B, 3, upscale*H, upscale*W].
+
+        Raises:
+            ValueError: the latents have another number of channels.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"latents: got shape {tuple(latents.shape)}; expected [B, {self.config.latent_channels}, H, W]"
+            )
+        x = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
+        for index, stage in enumerate(self.stages):
+            for block in stage:
+                x = block(x)
+            if index < len(self.upsamplers):
+                x = self.upsamplers[index](x)
+        return self.conv_out(nn.functional.silu(self.norm_out(x)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the denoiser's latents: undo the scaling, then `forward`."""
+        return self(latents / self.config.scaling_factor + self.config.shift_factor)
+
+
+class TinyEncoder(ModelMixin, ConfigMixin):
+    """Pictures [B, 3, 8H, 8W] in [-1, 1] to latents [B, latent_channels, H, W] for the `tiny` preset.
+
+    The mirror of `TinyDecoder`: `channels` and `blocks` run from low to high resolution here too. The first convolution
+    takes two strides of 2 at once, since most of the cost of an encoder is in its full-resolution layers.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        latent_channels: int = 8,
+        channels: tuple[int, ...] = (96, 64),
+        blocks: tuple[int, ...] = (2, 2),
+        expansion: int = 2,
+        norm_groups: int = 16,
+    ) -> None:
+        super().__init__()
+        _check_stages(channels, blocks)
+        widths = channels[::-1]
+        self.conv_in = nn.Conv2d(3, widths[0], 8, stride=4, padding=2)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(_block(width, expansion, norm_groups) for _ in range(depth))
+            for width, depth in zip(widths, blocks[::-1], strict=True)
+        )
+        self.downsamplers = nn.ModuleList(
+            SepConv2d(width, following, stride=2, dw_bias=True)
+            for width, following in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.norm_out = nn.GroupNorm(math.gcd(norm_groups, widths[-1]), widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], latent_channels, 3, padding=1)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Encode pictures [B, 3, H, W]; H and W multiples of the downscale (8 for two stages)."""
+        multiple = 4 << len(self.downsamplers)
+        if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[2] % multiple or pictures.shape[3] % multiple:
+            raise ValueError(
+                f"pictures: got shape {tuple(pictures.shape)}; expected [B, 3, H, W], H and W multiples of {multiple}"
+            )
+        x = self.conv_in(pictures.contiguous(memory_format=torch.channels_last))
+        for index, stage in enumerate(self.stages):
+            for block in stage:
+                x = block(x)
+            if index < len(self.downsamplers):
+                x = self.downsamplers[index](x)
+        return self.conv_out(nn.functional.silu(self.norm_out(x)))

@@ -1,0 +1,276 @@
+"""Prompts to pictures, as a diffusers pipeline: `SnapGenPipeline.from_pretrained(path)("a red circle")`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from snapgen import io
+from snapgen.pictures import to_pictures
+from snapgen.sampler import sample
+from snapgen.text import TextEmbedding, encode_clip, encode_gemma, encode_tiny, join
+
+SHIPPED = Path(__file__).parent / "checkpoints"
+
+
+class SnapGenPipeline(DiffusionPipeline):
+    """Text to pictures.
+
+    Components may be left out (None) where they are optional: any text encoder as long as one stays, and `encoder`,
+    which only models with latents of their own have, for training.
+
+    Args:
+        denoiser: `SnapGenUNet`.
+        decoder: `TinyDecoder`.
+        scheduler: diffusers' flow-match Euler.
+        text_encoder, tokenizer: CLIP-L, or with `joint_text` the tiny CLIP that was trained with the denoiser.
+        text_encoder_2, tokenizer_2: CLIP-G.
+        text_encoder_3, tokenizer_3: Gemma-2-2b.
+        max_tokens: tokens of Gemma's part of the context.
+    """
+
+    _optional_components = [
+        "encoder",
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "text_encoder_3",
+        "tokenizer_3",
+    ]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->denoiser->decoder"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        denoiser: Any,
+        decoder: Any,
+        scheduler: Any,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        text_encoder_2: Any = None,
+        tokenizer_2: Any = None,
+        text_encoder_3: Any = None,
+        tokenizer_3: Any = None,
+        encoder: Any = None,
+        joint_text: bool = False,
+        max_tokens: int = 256,
+    ) -> None:
+        super().__init__()
+        if denoiser.config.in_channels != decoder.config.latent_channels:
+            raise ValueError(
+                f"decoder: takes {decoder.config.latent_channels} latent channels, "
+                f"the denoiser makes {denoiser.config.in_channels}"
+            )
+        self.register_modules(
+            denoiser=denoiser,
+            decoder=decoder,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+            encoder=encoder,
+        )
+        self.register_to_config(joint_text=joint_text, max_tokens=max_tokens)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> SnapGenPipeline:
+        """Load from a folder, from a name of the hub cache, or a shipped checkpoint by its preset's name ("tiny").
+
+        Raises:
+            io.CheckpointError: a weight file is truncated or a pickle, or the folder holds no pipeline.
+        """
+        folder = SHIPPED / path if isinstance(path, str) and (SHIPPED / path).is_dir() else Path(path)
+        if folder.is_dir():
+            _check_folder(folder)
+        elif isinstance(path, os.PathLike) or str(path).startswith((".", "/")) or folder.suffix:
+            raise io.CheckpointError(f"{path}: no such checkpoint folder")
+        options.setdefault("use_safetensors", True)
+        return super().from_pretrained(str(folder) if folder.is_dir() else path, **options)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of `prompt` that a jointly trained text encoder never saw, in order; [] for the large ones."""
+        if not self.config.joint_text:
+            return []
+        words = [word for word, _ in self.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(prompt.lower())]
+        return [word for word in dict.fromkeys(words) if word not in self.tokenizer.get_vocab()]
+
+    def encode_prompt(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Embed prompts with whatever text encoders are there.
+
+        Raises:
+            ValueError: a prompt is too long for every encoder, or there is no encoder.
+        """
+        device = self._execution_device
+        if self.config.joint_text:
+            return encode_tiny(self.tokenizer, self.text_encoder, prompts, device)
+        self._check_lengths(prompts)
+        clips = [
+            (tokenizer, encoder)
+            for tokenizer, encoder in (
+                (self.tokenizer, self.text_encoder),
+                (self.tokenizer_2, self.text_encoder_2),
+            )
+            if encoder is not None
+        ]
+        clip = encode_clip(*zip(*clips, strict=True), prompts, device) if clips else None
+        gemma = None
+        if self.text_encoder_3 is not None:
+            gemma = encode_gemma(self.tokenizer_3, self.text_encoder_3, prompts, self.config.max_tokens, device)
+        config = self.denoiser.config
+        return join(
+            clip,
+            gemma,
+            context_dim=config.context_dim,
+            pooled_dim=config.pooled_dim,
+            batch=len(prompts),
+            device=device,
+            dtype=self.denoiser.dtype,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw pictures.
+
+        Args:
+            prompt: one or several.
+            height, width: pixels, multiples of `unit`; by default what the model was trained at.
+            num_inference_steps: Euler steps; 28 is the paper's, any number works.
+            guidance_scale: classifier-free guidance; 1 turns it off and halves the work.
+            latents: starting noise [B, C, H, W], instead of noise from `generator`.
+            output_type: "pil", "pt" (tensor [B, 3, H, W] in [-1, 1]) or "latent".
+
+        Raises:
+            ValueError: an argument does not fit; names it, what was given and what is allowed.
+        """
+        prompts = self._check_prompts(prompt)
+        if output_type not in ("pil", "pt", "latent"):
+            raise ValueError(f"output_type: got {output_type!r}; allowed are 'pil', 'pt' and 'latent'")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt: got {num_images_per_prompt}; must be at least 1")
+        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        config = self.denoiser.config
+        upscale = self.decoder.upscale
+        shape = (
+            len(prompts),
+            config.in_channels,
+            self._cells("height", height, upscale),
+            self._cells("width", width, upscale),
+        )
+        device = self._execution_device
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents: got shape {tuple(latents.shape)}; expected {shape}")
+
+        text = self.encode_prompt(prompts)
+        negative = self.encode_prompt([negative_prompt] * len(prompts)) if guidance_scale != 1.0 else None
+        with self.progress_bar(total=num_inference_steps) as bar:
+            latents = sample(
+                self.denoiser,
+                self.scheduler,
+                latents.to(device, torch.float32),
+                text,
+                steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative=negative,
+                on_step=lambda *_: bar.update(),
+            )
+        pictures: Any = latents
+        if output_type != "latent":
+            pictures = self.decoder.decode(latents.to(self.decoder.dtype)).float().clamp(-1, 1)
+        if output_type == "pil":
+            pictures = to_pictures(pictures)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    @property
+    def unit(self) -> int:
+        """Height and width of a picture are multiples of this many pixels."""
+        return self.decoder.upscale << (len(self.denoiser.config.channels) - 1)
+
+    def _cells(self, name: str, pixels: int | None, upscale: int) -> int:
+        if pixels is None:
+            return self.denoiser.config.sample_size
+        if pixels < self.unit or pixels % self.unit:
+            raise ValueError(f"{name}: got {pixels} pixels; must be a positive multiple of {self.unit}")
+        return pixels // upscale
+
+    def _check_prompts(self, prompt: str | Sequence[str]) -> list[str]:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("prompt: the list is empty")
+        for text in prompts:
+            if not isinstance(text, str):
+                raise ValueError(f"prompt: got a {type(text).__name__}; must be a str or a list of them")
+            if not text.strip():
+                raise ValueError("prompt: it is empty; say what to draw")
+        unknown = list(dict.fromkeys(word for text in prompts for word in self.unknown_words(text)))
+        if unknown:
+            warnings.warn(
+                f"prompt: the model never saw {', '.join(map(repr, unknown))} and ignores it; it knows only the words "
+                f"it was trained on (`pipe.vocabulary`)",
+                stacklevel=3,
+            )
+        return prompts
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """The words that a jointly trained text encoder knows; [] for the large ones."""
+        if not self.config.joint_text:
+            return []
+        return sorted(word for word in self.tokenizer.get_vocab() if not word.startswith("<"))
+
+    def _check_lengths(self, prompts: Sequence[str]) -> None:
+        limits = [
+            (tokenizer, limit)
+            for tokenizer, limit in (
+                (self.tokenizer, 77),
+                (self.tokenizer_2, 77),
+                (self.tokenizer_3, self.config.max_tokens),
+            )
+            if tokenizer is not None
+        ]
+        for text in prompts:
+            counts = [(len(tokenizer(text).input_ids), limit) for tokenizer, limit in limits]
+            if all(count > limit for count, limit in counts):
+                count, limit = counts[-1]
+                raise ValueError(f"prompt: {count} tokens are too many, at most {limit} are read ({text[:60]!r}...)")
+            if any(count > limit for count, limit in counts):
+                warnings.warn(f"prompt: CLIP reads only the first 77 tokens of {text[:60]!r}...", stacklevel=4)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no pipeline, or weights that are pickles or cut off, before anything is built."""
+    if not (folder / "model_index.json").is_file():
+        raise io.CheckpointError(f"{folder}: holds no model_index.json, so it is not a saved pipeline")
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+            raise io.CheckpointError(f"{file}: this may be a pickle; only safetensors are read")
+        if file.suffix == ".safetensors":
+            io.check_tensors(file)

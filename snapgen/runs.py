@@ -1,0 +1,100 @@
+"""Training runs from the command line's words: preset, data and autoencoder by name, then the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from snapgen import io
+from snapgen.config import Preset, get_preset
+from snapgen.data.loader import open_dataset
+from snapgen.data.shapes import VOCABULARY, ShapesDataset, eval_captions
+from snapgen.pipeline import SHIPPED
+from snapgen.tasks import AutoencoderTask, DenoiserTask, build_autoencoder, build_denoiser
+from snapgen.train import TrainConfig, train
+
+
+def train_denoiser(preset: str, data: str, autoencoder: str, config: TrainConfig, out: Path, console: Console) -> Path:
+    """Train a preset's denoiser and text encoder; returns the exported pipeline's folder.
+
+    Raises:
+        ValueError: the preset has no text encoder of its own to train, or an argument names nothing.
+    """
+    spec = get_preset(preset)
+    if spec.encoder is None:
+        raise ValueError(
+            f"preset: {preset} is trained on the latents and embeddings of frozen public models, which this command "
+            f"does not load; it trains 'tiny'"
+        )
+    encoder, decoder = load_autoencoder(spec, autoencoder)
+    dataset = open_dataset(data, spec.resolution, seed=config.seed)
+    torch.manual_seed(config.seed)
+    denoiser, text_encoder, tokenizer = build_denoiser(spec, vocabulary(dataset))
+    prompts = [caption for skill in ("colors", "position", "color_attr") for caption in eval_captions(skill, 4)]
+    task = DenoiserTask(
+        spec,
+        denoiser=_place(denoiser),
+        text_encoder=_place(text_encoder),
+        tokenizer=tokenizer,
+        encoder=_place(encoder),
+        decoder=_place(decoder),
+        prompts=prompts,
+    )
+    exported = train(task, dataset, config, out, console=console)
+    _report(dataset, console)
+    return exported
+
+
+def train_autoencoder(preset: str, data: str, config: TrainConfig, out: Path, console: Console) -> Path:
+    """Train a preset's encoder and decoder; returns the folder that holds both."""
+    spec = get_preset(preset)
+    dataset = open_dataset(data, spec.resolution, seed=config.seed)
+    torch.manual_seed(config.seed)
+    encoder, decoder = build_autoencoder(spec)
+    pictures, _ = ShapesDataset(spec.resolution, split="test").batch(range(8))
+    task = AutoencoderTask(spec, encoder=_place(encoder), decoder=_place(decoder), pictures=pictures.to(_device()))
+    exported = train(task, dataset, config, out, console=console)
+    _report(dataset, console)
+    return exported
+
+
+def load_autoencoder(preset: Preset, source: str) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder of `preset` from a shipped checkpoint's name or a folder with encoder/ and decoder/.
+
+    Raises:
+        io.CheckpointError: there is none, or it belongs to another preset.
+    """
+    folder = SHIPPED / source if (SHIPPED / source).is_dir() else Path(source)
+    encoder, decoder = build_autoencoder(preset)
+    for name, module in (("encoder", encoder), ("decoder", decoder)):
+        path = folder / name / "diffusion_pytorch_model.safetensors"
+        io.load_strictly(module, io.load_tensors(path), path, f"the {name} of preset {preset.name}")
+    return encoder, decoder
+
+
+def vocabulary(dataset: Any) -> list[str]:
+    """The words for the tiny text encoder: the shapes world's, or those of the dataset's own captions."""
+    if isinstance(dataset, ShapesDataset):
+        return list(VOCABULARY)
+    if not hasattr(dataset, "captions"):
+        raise ValueError("data: a stream has no list of captions to build the tiny vocabulary from; give a folder")
+    words = {word for caption in dataset.captions() for word in caption.lower().split()}
+    return sorted(word.strip(".,;:!?\"'()") for word in words)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _place(module: nn.Module) -> nn.Module:
+    return module.to(_device(), memory_format=torch.channels_last)
+
+
+def _report(dataset: Any, console: Console) -> None:
+    """Say what the dataset skipped, if it counts that."""
+    if hasattr(dataset, "report"):
+        console.print(dataset.report())
