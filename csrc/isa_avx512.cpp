@@ -1,7 +1,5 @@
 // Chosen at run time on x86-64 processors that have: avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include <cstddef>
 #include <cstdint>
 
@@ -11,7 +9,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
 #endif
 
-#define SG_AVX512 1
 #define SG_ISA avx512
 #define VECTOR_BYTES 64
 #include "isa.h"

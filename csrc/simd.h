@@ -83,23 +83,20 @@ SG_INLINE double sum_lanes(Vec<A, N> v) {
   return s;
 }
 
-// e^x: x = n ln 2 + r with |r| <= ln(2)/2; 2^n goes into the exponent, e^r is a polynomial fitted to 2e-9. Saturates at
-// e^+-87.3, where SiLU is flat or linear to the last bit; NaN stays NaN.
+// x limited to [-top, top]; NaN stays NaN.
 template <int N>
 SG_INLINE Vec<float, N> within(Vec<float, N> x, float top) {
-#if SG_AVX512
-  // min and max return their second operand where one is NaN.
-  if constexpr (N == 16)
-    return (Vec<float, N>)_mm512_max_ps(_mm512_set1_ps(-top), _mm512_min_ps(_mm512_set1_ps(top), (__m512)x));
-#endif
 #if SG_AVX2
-  if constexpr (N == 8)
+  if constexpr (N == 8)  // min and max return their second operand where one is NaN
     return (Vec<float, N>)_mm256_max_ps(_mm256_set1_ps(-top), _mm256_min_ps(_mm256_set1_ps(top), (__m256)x));
 #endif
   const Vec<float, N> high = splat<float, N>(top);
   x = x > high ? high : x;
   return x < -high ? -high : x;
 }
+
+// e^x: x = n ln 2 + r with |r| <= ln(2)/2; 2^n goes into the exponent, e^r is a polynomial fitted to 2e-9. Saturates at
+// e^+-87.3, where SiLU is flat or linear to the last bit; NaN stays NaN.
 template <int N>
 SG_INLINE Vec<float, N> exp_of(Vec<float, N> x) {
   using V = Vec<float, N>;

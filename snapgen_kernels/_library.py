@@ -97,8 +97,14 @@ def _reference_vjp(op: Op, grads: Sequence[Tensor], arguments: Sequence[Any], ne
             index = op.arguments.index(name)
             leaves[index] = leaves[index].detach().requires_grad_()
         outputs = _as_tuple(op.reference(*leaves))[: op.outputs]
+        # An output that no wanted argument reaches is not part of the graph.
+        reached = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         inputs = op.values(leaves, wanted)
-        found = iter(torch.autograd.grad(outputs, inputs, grads, allow_unused=True) if inputs else ())
+        found = iter(
+            torch.autograd.grad([o for o, _ in reached], inputs, [g for _, g in reached], allow_unused=True)
+            if reached
+            else [None] * len(inputs)
+        )
     results: list[Tensor] = []
     for name, need in zip(op.differentiable, needs, strict=True):
         argument = op.values(arguments, [name])[0]
@@ -124,7 +130,7 @@ def register(
     """Register ``snapgen::name`` and ``snapgen::name_backward``.
 
     Args:
-        schema: the forward's arguments in schema syntax, without the parentheses.
+        schema: the forward's arguments in schema syntax, without parentheses and without defaults.
         outputs: how many outputs are differentiable; they come first.
         saved: how many outputs follow that only the backward reads (statistics).
         differentiable: names of the arguments that can have a gradient.
@@ -135,11 +141,11 @@ def register(
         kernels: device types with fused kernels.
         cuda, cuda_backward: launchers; ``cuda_backward`` takes the backward op's arguments.
     """
-    arguments = tuple(part.split("=")[0].split()[-1] for part in schema.split(",") if part.strip() != "*")
+    arguments = tuple(part.split()[-1] for part in schema.split(","))
     op = Op(name, arguments, differentiable, outputs, saved, reference)
     count = outputs + saved
     LIBRARY.define(f"{name}({schema}) -> {'Tensor' if count == 1 else '(' + ', '.join(['Tensor'] * count) + ')'}")
-    plain = ", ".join(part.split("=")[0].strip() for part in schema.split(","))
+    plain = ", ".join(part.strip() for part in schema.split(","))
     grads = ", ".join(f"Tensor grad_{i}" for i in range(outputs))
     kept = "".join(f", Tensor saved_{i}" for i in range(saved))
     gradients = ", ".join(["Tensor"] * len(differentiable))
@@ -233,10 +239,11 @@ def _register_autograd(op: Op, split: Callable[[Sequence[Any]], tuple[list[Tenso
             grads, forward_args = [leaf(g) for g in grads], [leaf(a) for a in forward_args]
             outputs = _as_tuple(op.reference(*forward_args))[: op.outputs]
             wanted = [n for n, need in zip(op.differentiable, needs, strict=True) if need]
+            reached = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
             first = torch.autograd.grad(
-                outputs,
+                [o for o, _ in reached],
                 op.values(forward_args, wanted),
-                grads,
+                [g for _, g in reached],
                 create_graph=True,
                 allow_unused=True,
                 materialize_grads=True,

@@ -72,8 +72,8 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | float | None) -> Tensor:
 
 OP = register(
     NAME,
-    "Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? q_weight=None, Tensor? k_weight=None, "
-    "Tensor? cos=None, Tensor? sin=None, float? scale=None, float eps=1e-6",
+    "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_weight, Tensor? k_weight, "
+    "Tensor? cos, Tensor? sin, float? scale, float eps",
     outputs=1,
     differentiable=("q", "k", "v", "q_weight", "k_weight"),
     reference=reference,

@@ -91,7 +91,7 @@ _WEIGHTS = (
 )
 OP = register(
     NAME,
-    "Tensor x, " + "".join(f"Tensor {name}, " for name in _WEIGHTS) + "int num_groups, float eps=1e-6",
+    "Tensor x, " + "".join(f"Tensor {name}, " for name in _WEIGHTS) + "int num_groups, float eps",
     outputs=1,
     differentiable=("x", *_WEIGHTS),
     reference=reference,

@@ -32,7 +32,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 OP = register(
     NAME,
-    "Tensor x, Tensor weight, Tensor? bias=None",
+    "Tensor x, Tensor weight, Tensor? bias",
     outputs=1,
     differentiable=("x", "weight", "bias"),
     reference=reference,

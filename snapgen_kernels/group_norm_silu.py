@@ -43,8 +43,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """SiLU(GroupNorm(x)) in plain PyTorch: [B, C, H, W] -> [B, C, H, W]."""
     wide = compute_dtype(x)
-    z = F.group_norm(x.to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
-    return F.silu(z).to(x.dtype)
+    # PyTorch 2.11 to 2.13 crash in the channels_last backward of group_norm on the CPU where x needs no gradient.
+    frozen = not x.requires_grad and (weight.requires_grad or bias.requires_grad) and not x.is_contiguous()
+    z = F.group_norm((x.contiguous() if frozen else x).to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
+    y = F.silu(z).to(x.dtype)
+    return y.contiguous(memory_format=torch.channels_last) if frozen else y
 
 
 def _reference_with_statistics(

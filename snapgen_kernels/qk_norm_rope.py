@@ -94,7 +94,7 @@ def _fake(
 
 OP = register(
     NAME,
-    "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos=None, Tensor? sin=None, float eps=1e-6",
+    "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps",
     outputs=2,
     differentiable=("q", "k", "q_weight", "k_weight"),
     reference=reference,

@@ -88,7 +88,7 @@ OP = register(
     NAME,
     "Tensor x, Tensor shift, "
     + "".join(f"Tensor {name}, " for name in _WEIGHTS)
-    + "Tensor? shortcut_weight=None, Tensor? shortcut_bias=None, int num_groups=32, float eps=1e-5",
+    + "Tensor? shortcut_weight, Tensor? shortcut_bias, int num_groups, float eps",
     outputs=1,
     differentiable=("x", "shift", *_WEIGHTS, "shortcut_weight", "shortcut_bias"),
     reference=reference,

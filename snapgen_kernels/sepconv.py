@@ -111,9 +111,9 @@ def _fake(
 
 OP = register(
     NAME,
-    "Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias=None, Tensor? pw_bias=None, "
-    "Tensor? norm_weight=None, Tensor? norm_bias=None, Tensor? shift=None, Tensor? residual=None, "
-    "int num_groups=1, float eps=1e-5, int stride=1, bool upsample=False",
+    "Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? shift, Tensor? residual, "
+    "int num_groups, float eps, int stride, bool upsample",
     outputs=1,
     differentiable=(
         "x",

@@ -105,6 +105,12 @@ class OpSpec:
     def reference(self, inputs: Inputs) -> Any:
         return self.contract.reference(*self.arguments(inputs))
 
+    def kernels(self) -> tuple[str, ...]:
+        """Device types on which a fused kernel of this op is usable here."""
+        from snapgen_kernels import _backend
+
+        return tuple(d for d in ("cpu", "cuda") if _backend.missing_kernel(self.name, d) is None)
+
     def arguments(self, inputs: Inputs) -> list[Any]:
         return [inputs[name] for name in self.op.arguments]
 
