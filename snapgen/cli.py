@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -199,7 +199,7 @@ def demo(*, out: Annotated[Path, arg(aliases=["-o"])] = Path("out"), per_skill: 
     run(out, per_skill=per_skill, console=console)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     "generate": generate,
     "demo": demo,
     "info": info,
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point: run a command; a mistake of the user's gives one line and exit code 2."""
     # Progress bars of the libraries we call would tear ours; their warnings about the hub do not concern local files.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="snapgen", description="SnapGen: text to pictures, small enough for a phone.", args=argv
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def _show_warning(message: Any, category: Any, filename: str, *_: Any) -> None:
     # Ours speak to the user; a library's deprecations do not.
     if issubclass(category, UserWarning) and "snapgen" in filename:
         console.print(f"[yellow]note:[/] {message}", soft_wrap=True)

@@ -1,11 +1,11 @@
 """Every preset, in one table.
 
 A preset is a set of keyword arguments: `denoiser` for `snapgen.unet.SnapGenUNet`, `decoder` for
-`snapgen.decoder.TinyDecoder`, `encoder` for `snapgen.decoder.TinyEncoder` (only where we train one ourselves; the large
-presets encode with the frozen SD3 autoencoder), `text` for the text encoders. Nothing else configures a model.
+`snapgen.decoder.TinyDecoder`, `encoder` for `TinyEncoder` beside it (only where we train one ourselves; the
+large presets encode with the frozen SD3 autoencoder), `text` for the text encoders. Nothing else configures a model.
 
-Sources: SnapGen (CVPR 2025), the authors' slides for parameter and FLOP counts. What the paper leaves open (width of the
-time embedding, depth of the middle block, side of the first stage's cross-attention) is fitted to those counts; see
+Sources: SnapGen (CVPR 2025), the authors' slides for parameter and FLOP counts. What the paper leaves open (width of
+the time embedding, depth of the middle block, side of the first stage's cross-attention) is fitted to those counts; see
 docs/ARCHITECTURE.md.
 """
 

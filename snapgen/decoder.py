@@ -7,6 +7,7 @@ convolution in any shortcut: a stage keeps its width, and the upsampler that lea
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -53,7 +54,7 @@ class TinyDecoder(ModelMixin, ConfigMixin):
         super().__init__()
         _check_stages(channels, blocks)
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
-        self.stages = nn.ModuleList(
+        self.stages: Any = nn.ModuleList(
             nn.ModuleList(_block(width, expansion, norm_groups) for _ in range(depth))
             for width, depth in zip(channels, blocks, strict=True)
         )
@@ -113,7 +114,7 @@ class TinyEncoder(ModelMixin, ConfigMixin):
         _check_stages(channels, blocks)
         widths = channels[::-1]
         self.conv_in = nn.Conv2d(3, widths[0], 8, stride=4, padding=2)
-        self.stages = nn.ModuleList(
+        self.stages: Any = nn.ModuleList(
             nn.ModuleList(_block(width, expansion, norm_groups) for _ in range(depth))
             for width, depth in zip(widths, blocks[::-1], strict=True)
         )

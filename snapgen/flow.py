@@ -1,6 +1,6 @@
 """Rectified flow: the straight path from data to noise, and the training loss on its velocity.
 
-x_t = (1 - t) x_0 + t eps,  v = eps - x_0  (SD3, equations 12 to 14; SnapGen trains the same way), t in [0, 1], 1 is noise.
+x_t = (1 - t) x_0 + t eps,  v = eps - x_0,  t in [0, 1], 1 is noise  (SD3, equations 12 to 14; SnapGen does the same).
 """
 
 from __future__ import annotations

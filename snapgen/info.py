@@ -39,7 +39,7 @@ def count(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Count]:
     import snapgen_kernels
 
     # The fused ops are opaque to the counter; their references are plain matrix products and convolutions.
-    with snapgen_kernels.use("reference"), FlopCounterMode(display=False, depth=None) as counter, torch.no_grad():
+    with snapgen_kernels.use("reference"), FlopCounterMode(display=False, depth=99) as counter, torch.no_grad():
         module(*args, **kwargs)
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     root = type(module).__name__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -84,7 +86,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """GroupNorm, project in, `depth` transformer blocks on the H*W tokens, project out, add the input."""
 
-    def __init__(self, channels: int, context_dim: int, depth: int, *, norm_groups: int, **block) -> None:
+    def __init__(self, channels: int, context_dim: int, depth: int, *, norm_groups: int, **block: Any) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)

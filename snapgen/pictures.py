@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -47,14 +48,14 @@ def grid(
     return sheet
 
 
-def save_grid(pictures: Sequence[Image.Image], path: str | Path, **options) -> None:
+def save_grid(pictures: Sequence[Image.Image], path: str | Path, **options: Any) -> None:
     """`grid`, written whole or not at all."""
     sheet = grid(pictures, **options)
     with io.whole_file(path) as temporary:
         sheet.save(temporary)
 
 
-def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont, width: int) -> str:
+def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -37,7 +37,7 @@ class SnapGenPipeline(DiffusionPipeline):
         max_tokens: tokens of Gemma's part of the context.
     """
 
-    _optional_components = [
+    _optional_components: ClassVar = [
         "encoder",
         "text_encoder",
         "tokenizer",
@@ -47,7 +47,7 @@ class SnapGenPipeline(DiffusionPipeline):
         "tokenizer_3",
     ]
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->denoiser->decoder"
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs: ClassVar = ["latents"]
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class SnapGenPipeline(DiffusionPipeline):
             )
             if encoder is not None
         ]
-        clip = encode_clip(*zip(*clips, strict=True), prompts, device) if clips else None
+        clip = encode_clip(clips, prompts, device) if clips else None
         gemma = None
         if self.text_encoder_3 is not None:
             gemma = encode_gemma(self.tokenizer_3, self.text_encoder_3, prompts, self.config.max_tokens, device)
@@ -154,8 +154,8 @@ class SnapGenPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
-        """Draw pictures.
+    ) -> Any:
+        """Draw pictures: an ImagePipelineOutput, whose `images` they are, or without `return_dict` a tuple of them.
 
         Args:
             prompt: one or several.

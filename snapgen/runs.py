@@ -91,7 +91,7 @@ def _device() -> str:
 
 
 def _place(module: nn.Module) -> nn.Module:
-    return module.to(_device(), memory_format=torch.channels_last)
+    return module.to(device=_device()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _report(dataset: Any, console: Console) -> None:

@@ -60,7 +60,7 @@ class DenoiserTask:
         text_encoder: nn.Module,
         tokenizer: Any,
         encoder: nn.Module,
-        decoder: nn.Module,
+        decoder: Any,
         caption_dropout: float = 0.1,
         prompts: Sequence[str] = (),
     ) -> None:
@@ -93,7 +93,7 @@ class DenoiserTask:
         )[0]
         return flow.velocity_loss(predicted, x0, noise).mean(), {}
 
-    def pipeline(self):
+    def pipeline(self) -> Any:
         """The modules as a pipeline, sharing their weights."""
         from snapgen.pipeline import SnapGenPipeline
         from snapgen.sampler import make_scheduler
@@ -134,7 +134,7 @@ class AutoencoderTask:
 
     def __init__(self, preset: Preset, *, encoder: nn.Module, decoder: nn.Module, pictures: Tensor) -> None:
         self.preset = preset
-        self.modules = {"encoder": encoder, "decoder": decoder}
+        self.modules: dict[str, Any] = {"encoder": encoder, "decoder": decoder}
         self.pictures = pictures  # [B, 3, H, W], for the sample grid
 
     def loss(

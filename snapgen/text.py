@@ -1,7 +1,7 @@
 """Text encoders: CLIP-L and CLIP-G joined on channels, Gemma-2 joined on tokens, each droppable; and a tiny CLIP.
 
-The large ones are what SnapGen's authors use (facts from the paper's lineage: 77 + 256 tokens, 2304 channels, pooled
-2048). The tiny one is a CLIP text model of transformers with a word-level tokenizer, trained together with the denoiser.
+The large ones are those of SnapGen (77 + 256 tokens, 2304 channels, pooled 2048). The tiny one is a CLIP text model of
+transformers with a word-level tokenizer, trained together with the denoiser.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TextEmbedding(NamedTuple):
 def build_tiny_text(
     words: Sequence[str], *, hidden_size: int, layers: int, heads: int, max_tokens: int
 ) -> tuple[Any, nn.Module]:
-    """A word-level tokenizer over `words` and a CLIP text model of that size with random weights, both transformers'."""
+    """A word-level tokenizer over `words` and a CLIP text model with random weights, both transformers'."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
@@ -81,11 +81,15 @@ def encode_tiny(
 
 
 def encode_clip(
-    tokenizers: Sequence[Any], encoders: Sequence[nn.Module], prompts: Sequence[str], device: torch.device | str
+    models: Sequence[tuple[Any, nn.Module]], prompts: Sequence[str], device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """CLIP-L and CLIP-G: penultimate hidden states [B, 77, 768 + 1280] and pooled projections [B, 768 + 1280]."""
+    """CLIP-L and CLIP-G, each a (tokenizer, encoder).
+
+    Returns:
+        Penultimate hidden states [B, 77, 768 + 1280] and pooled projections [B, 768 + 1280].
+    """
     states, pooled = [], []
-    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+    for tokenizer, encoder in models:
         tokens = tokenizer(
             list(prompts), padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"
         ).to(device)

@@ -181,7 +181,9 @@ class TrainState:
 
     def __init__(self, task: Task, config: TrainConfig) -> None:
         self.task, self.config, self.step = task, config, 0
-        self.parameters = [p for module in task.modules.values() for p in module.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [
+            p for module in task.modules.values() for p in module.parameters() if p.requires_grad
+        ]
         self.device = self.parameters[0].device
         self.ema = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(

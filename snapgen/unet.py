@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -11,7 +12,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from snapgen.layers import Downsample, SpatialTransformer, Upsample, make_res_block
+from snapgen.layers import Downsample, Rope, SpatialTransformer, Upsample, make_res_block
 from snapgen_kernels import rope_2d
 
 
@@ -112,7 +113,7 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
         last = len(channels) - 1
         width = channels[0]
         skips = [width]
-        self.down = nn.ModuleList()
+        self.down: Any = nn.ModuleList()
         for stage, out in enumerate(channels):
             layers = nn.ModuleList()
             for _ in range(layers_per_block):
@@ -126,7 +127,7 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
 
         self.mid = UNetMid(res(width, width), transformer(last, transformer_layers_mid), res(width, width))
 
-        self.up = nn.ModuleList()  # from the lowest resolution upwards
+        self.up: Any = nn.ModuleList()  # from the lowest resolution upwards
         for stage in reversed(range(len(channels))):
             layers = nn.ModuleList()
             for _ in range(layers_per_block + 1):
@@ -166,7 +167,7 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
         self._check(sample, encoder_hidden_states, pooled_projections)
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
-        if self.pooled_embedding is not None:
+        if self.pooled_embedding is not None and pooled_projections is not None:
             temb = temb + self.pooled_embedding(pooled_projections.to(sample.dtype))
 
         height, width = sample.shape[-2:]
@@ -196,7 +197,7 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
         x = self.conv_out(nn.functional.silu(self.norm_out(x)))
         return UNetOutput(sample=x) if return_dict else (x,)
 
-    def _run(self, layer: nn.Module, *args) -> Tensor:
+    def _run(self, layer: nn.Module, *args: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
@@ -226,7 +227,7 @@ class UNetLayer(nn.Module):
         self.res = res
         self.transformer = transformer
 
-    def forward(self, x, temb, context, mask, rope) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor, mask: Tensor | None, rope: Rope | None) -> Tensor:
         x = self.res(x, temb)
         return x if self.transformer is None else self.transformer(x, context, mask, rope)
 
@@ -240,7 +241,7 @@ class UNetMid(nn.Module):
         self.transformer = transformer
         self.res2 = res2
 
-    def forward(self, x, temb, context, mask, rope) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor, mask: Tensor | None, rope: Rope | None) -> Tensor:
         x = self.res1(x, temb)
         if self.transformer is not None:
             x = self.transformer(x, context, mask, rope)
