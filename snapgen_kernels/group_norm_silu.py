@@ -45,7 +45,8 @@ def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: flo
     wide = compute_dtype(x)
     # PyTorch 2.11 to 2.13 crash in the channels_last backward of group_norm on the CPU where x needs no gradient.
     frozen = not x.requires_grad and (weight.requires_grad or bias.requires_grad) and not x.is_contiguous()
-    z = F.group_norm((x.contiguous() if frozen else x).to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
+    # torch.group_norm is F.group_norm without its refusal of a single value per group.
+    z = torch.group_norm((x.contiguous() if frozen else x).to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
     y = F.silu(z).to(x.dtype)
     return y.contiguous(memory_format=torch.channels_last) if frozen else y
 

@@ -302,7 +302,7 @@ def _public_resblock(inputs: Inputs) -> Any:
 
 
 def _eager_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.silu(F.group_norm(x, groups, weight, bias, eps))
+    return F.silu(torch.group_norm(x, groups, weight, bias, eps))
 
 
 def _eager_group_norm_silu(i: Inputs) -> Tensor:

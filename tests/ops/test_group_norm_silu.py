@@ -19,7 +19,7 @@ from snapgen_kernels.testing import LAYOUTS, Case, small_cases
     per_group=st.integers(1, 9),
     height=st.integers(1, 13),
     width=st.integers(1, 13),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     layout=st.sampled_from(LAYOUTS),
     offset=st.sampled_from([0.0, 3.0]),
 )
@@ -28,11 +28,21 @@ def test_any_shape_layout_and_dtype(
 ) -> None:
     dims = {"B": batch, "C": groups * per_group, "H": height, "W": width, "G": groups}
     case = Case("group_norm_silu", "drawn", dims, dtype, layout, offset=offset)
-    if groups * per_group * height * width == 1 or per_group * height * width == 1:
-        # One value a group: the exact input gradient is zero and all there is is noise of size rstd = 1 / sqrt(eps).
+    if per_group * height * width <= 2:
+        # Normalising one or two values leaves no freedom: the exact gradient of x is (nearly) zero, what is left is noise.
         checks.check_values(case)
         return
     checks.check_gradients(case, function=case.spec.registered)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp64_is_the_reference_to_fp64_rounding(layout: str) -> None:
+    dims = {"B": 2, "C": 12, "H": 9, "W": 7, "G": 3}
+    case = Case("group_norm_silu", "double", dims, torch.float64, layout, offset=5.0)
+    inputs = case.inputs(requires_grad=True)
+    mine, right = checks.run(case, case.spec.registered, inputs), checks.run(case, case.spec.reference, inputs)
+    for name, value in right.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-12, atol=1e-12)
 
 
 def _variants() -> list[str]:
