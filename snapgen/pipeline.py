@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -97,6 +98,9 @@ class SnapGenPipeline(DiffusionPipeline):
         elif isinstance(path, os.PathLike) or str(path).startswith((".", "/")) or folder.suffix:
             raise io.CheckpointError(f"{path}: no such checkpoint folder")
         options.setdefault("use_safetensors", True)
+        # diffusers builds our components by module name, but only from modules that are imported already.
+        importlib.import_module("snapgen.unet")
+        importlib.import_module("snapgen.decoder")
         return super().from_pretrained(str(folder) if folder.is_dir() else path, **options)
 
     def unknown_words(self, prompt: str) -> list[str]:
