@@ -1,0 +1,315 @@
+"""The loop: resumed runs are bitwise those left alone, and nothing that goes wrong loses more than a step."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from snapgen import io
+from snapgen.config import PRESETS, Preset
+from snapgen.data.loader import batches, open_dataset
+from snapgen.data.shapes import VOCABULARY, ShapesDataset
+from snapgen.tasks import AutoencoderTask, DenoiserTask, build_autoencoder, build_denoiser
+from snapgen.train import TrainConfig, learning_rate, train
+
+TINY = PRESETS["tiny"]
+SMALL = Preset(
+    name="small",
+    about="for tests",
+    resolution=32,
+    denoiser=dict(TINY.denoiser, sample_size=4, channels=(32, 32), num_heads=(1, 1), context_dim=32, pooled_dim=32),
+    decoder=dict(TINY.decoder, channels=(32, 32, 16, 16), blocks=(1, 1, 1, 0)),
+    encoder=dict(TINY.encoder, channels=(32, 32), blocks=(1, 1)),
+    text=dict(hidden_size=32, layers=1, heads=2, max_tokens=16),
+)
+QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests
+
+
+def denoiser_task() -> DenoiserTask:
+    torch.manual_seed(0)
+    encoder, decoder = build_autoencoder(SMALL)
+    denoiser, text_encoder, tokenizer = build_denoiser(SMALL, VOCABULARY)
+    return DenoiserTask(
+        SMALL,
+        denoiser=denoiser,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        decoder=decoder,
+        prompts=("a red circle", "two stars"),
+    )
+
+
+def autoencoder_task() -> AutoencoderTask:
+    torch.manual_seed(0)
+    encoder, decoder = build_autoencoder(SMALL)
+    return AutoencoderTask(SMALL, encoder=encoder, decoder=decoder, pictures=torch.zeros(2, 3, 32, 32))
+
+
+def config(**changes) -> TrainConfig:
+    base = dict(steps=7, batch_size=4, warmup=2, save_every=3, sample_every=100, log_every=2)
+    return TrainConfig(**{**base, **changes})
+
+
+def data() -> ShapesDataset:
+    return ShapesDataset(32, length=1000)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    newest = max((out / "checkpoints").glob("step-*"))
+    return {
+        f"{file}/{name}": tensor
+        for file in ("model", "ema", "optimizer")
+        for name, tensor in io.load_tensors(newest / f"{file}.safetensors").items()
+    }
+
+
+def assert_same(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and len(a) > 100
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("make", [denoiser_task, autoencoder_task])
+def test_a_run_stopped_by_ctrl_c_goes_on_bitwise(tmp_path, make):
+    train(make(), data(), config(), tmp_path / "alone", console=QUIET)
+
+    class Stopped(ShapesDataset):
+        read = 0
+
+        def batch(self, indices):
+            self.read += 1
+            if self.read == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().batch(indices)
+
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 5"):
+        train(make(), Stopped(32, length=1000), config(), tmp_path / "stopped", console=QUIET)
+    exported = train(make(), data(), config(), tmp_path / "stopped", console=QUIET)
+    assert_same(tmp_path / "alone", tmp_path / "stopped")
+    assert exported.is_dir() and list((tmp_path / "stopped" / "samples").glob("*.png"))
+    # Ctrl-C means what it meant before, once training is over.
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_killed_run_goes_on_bitwise(tmp_path):
+    script = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+import torch
+torch.set_num_threads(1)
+import test_train as t
+class Killed(t.ShapesDataset):
+    read = 0
+    def batch(self, indices):
+        self.read += 1
+        if self.read == 6:
+            os.kill(os.getpid(), 9)
+        return super().batch(indices)
+t.train(t.denoiser_task(), Killed(32, length=1000), t.config(), t.Path(sys.argv[1]), console=t.QUIET)
+"""
+    killed = tmp_path / "killed"
+    run = subprocess.run([sys.executable, "-c", script, str(killed), str(Path(__file__).parent)], capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    assert [p.name for p in (killed / "checkpoints").iterdir()] == ["step-0000003"]
+    train(denoiser_task(), data(), config(), killed, console=QUIET)
+    train(denoiser_task(), data(), config(), tmp_path / "alone", console=QUIET)
+    assert_same(tmp_path / "alone", killed)
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path):
+    train(denoiser_task(), data(), config(), tmp_path, console=QUIET)
+    before = weights(tmp_path)
+    train(denoiser_task(), data(), config(), tmp_path, console=QUIET)
+    after = weights(tmp_path)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_configuration_needs_another_directory(tmp_path):
+    train(denoiser_task(), data(), config(steps=2), tmp_path, console=QUIET)
+    with pytest.raises(ValueError, match=r"lr was 0.001, now 0.01"):
+        train(denoiser_task(), data(), config(steps=2, lr=0.01), tmp_path, console=QUIET)
+    with pytest.raises(ValueError, match="steps was 2, now 9"):
+        train(denoiser_task(), data(), config(steps=9), tmp_path, console=QUIET)
+    with pytest.raises(ValueError, match="task was"):
+        train(autoencoder_task(), data(), config(steps=2), tmp_path, console=QUIET)
+
+
+def test_a_run_may_be_lengthened_before_its_cooldown(tmp_path):
+    train(denoiser_task(), data(), config(steps=8, cooldown=0.5), tmp_path / "alone", console=QUIET)
+
+    class Stopped(ShapesDataset):
+        read = 0
+
+        def batch(self, indices):
+            self.read += 1
+            if self.read == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().batch(indices)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            denoiser_task(), Stopped(32, length=1000), config(steps=20, cooldown=0.5), tmp_path / "cut", console=QUIET
+        )
+    train(denoiser_task(), data(), config(steps=8, cooldown=0.5), tmp_path / "cut", console=QUIET)
+    assert_same(tmp_path / "alone", tmp_path / "cut")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    real, calls = io.save_tensors, []
+
+    def filling(path, *args):
+        calls.append(path)
+        if len(calls) == 5:  # the second checkpoint's second file
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, *args)
+
+    monkeypatch.setattr(io, "save_tensors", filling)
+    with pytest.raises(OSError, match="no space left on the disk while writing .*step-0000006"):
+        train(denoiser_task(), data(), config(), tmp_path, console=QUIET)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000003"]
+    monkeypatch.undo()
+    train(denoiser_task(), data(), config(), tmp_path, console=QUIET)
+    train(denoiser_task(), data(), config(), tmp_path / "alone", console=QUIET)
+    assert_same(tmp_path / "alone", tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path):
+    task = denoiser_task()
+    real = task.loss
+
+    def poisoned(images, captions, generator):
+        loss, figures = real(images, captions, generator)
+        return loss * (float("nan") if poisoned.steps >= 4 else 1), figures
+
+    poisoned.steps = 0
+
+    def counted(*args):
+        poisoned.steps += 1
+        return poisoned(*args)
+
+    task.loss = counted
+    with pytest.raises(FloatingPointError, match="step 4"):
+        train(task, data(), config(save_every=2), tmp_path, console=QUIET)
+    newest = max((tmp_path / "checkpoints").glob("step-*"))
+    assert all(tensor.isfinite().all() for tensor in io.load_tensors(newest / "model.safetensors").values())
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    train(denoiser_task(), data(), config(steps=2), tmp_path, console=QUIET)
+    path = tmp_path / "checkpoints" / "step-0000002" / "ema.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(io.CheckpointError, match=r"ema.safetensors: truncated"):
+        train(denoiser_task(), data(), config(steps=2), tmp_path, console=QUIET)
+
+
+class Regression:
+    """A task whose steps can be computed by hand: y = w x with the picture's mean as x and 3 x as target."""
+
+    name, preset = "regression", SMALL
+
+    def __init__(self):
+        self.modules = {"line": nn.Linear(1, 1, bias=False)}
+        nn.init.constant_(self.modules["line"].weight, 1.0)
+
+    def loss(self, images, captions, generator):
+        x = images.mean((1, 2, 3)).unsqueeze(1)
+        return (self.modules["line"](x) - 3 * x).square().mean(), {}
+
+    def sample_grid(self, path, seed):
+        self.averaged = float(self.modules["line"].weight)
+
+    def export(self, path):
+        pass
+
+
+def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
+    results = []
+    for batch_size, accumulate in ((8, 1), (4, 2), (2, 4)):
+        task = Regression()
+        out = tmp_path / str(accumulate)
+        train(task, data(), config(steps=3, batch_size=batch_size, accumulate=accumulate), out, console=QUIET)
+        results.append(task.modules["line"].weight.item())
+    assert results[0] != 1.0
+    assert results == pytest.approx([results[0]] * 3, rel=1e-6)
+
+
+def test_first_adamw_step_and_average_by_hand(tmp_path):
+    task = Regression()
+    train(
+        task, data(), config(steps=1, warmup=1, cooldown=0.0, lr=0.1, weight_decay=0.5, ema=0.9), tmp_path, console=QUIET
+    )
+    # AdamW's first step is lr in the gradient's direction, after decay by lr * weight_decay.
+    by_hand = 1.0 * (1 - 0.1 * 0.5) + 0.1
+    assert task.modules["line"].weight.item() == pytest.approx(by_hand, rel=1e-5)
+    decay = min(0.9, 2 / 11)
+    assert task.averaged == pytest.approx(decay * 1.0 + (1 - decay) * by_hand, rel=1e-5)
+
+
+def test_learning_rate_rises_stays_and_falls():
+    plan = config(steps=100, warmup=10, cooldown=0.2, lr=2.0)
+    assert [learning_rate(plan, step) for step in (0, 4, 9, 50, 80, 90, 99)] == pytest.approx(
+        [0.2, 1.0, 2.0, 2.0, 2.0, 1.0, 0.1]
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [dict(steps=0), dict(batch_size=0), dict(dtype="fp16"), dict(cooldown=1.5), dict(ema=1.0)]
+)
+def test_wrong_settings_are_named(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        config(**change)
+
+
+def test_bf16_trains(tmp_path):
+    train(denoiser_task(), data(), config(steps=2, dtype="bf16"), tmp_path, console=QUIET)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path).values())
+
+
+class Numbered:
+    """A map-style dataset whose pictures carry their index."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return {"image": torch.full((3, 2, 2), float(index)), "caption": str(index)}
+
+
+def test_batches_from_any_position_are_those_of_the_whole_stream():
+    def take(start, count):
+        stream = batches(Numbered(), 4, start=start, seed=3)
+        return [[int(caption) for caption in next(stream)[1]] for _ in range(count)]
+
+    whole = take(0, 10)
+    for start in range(10):
+        assert take(start, 10 - start) == whole[start:]
+    flat = [index for batch in whole for index in batch]
+    for epoch in range(4):
+        assert sorted(flat[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+    assert flat[:10] != flat[10:20]
+
+
+def test_a_stream_is_passed_over_to_its_position():
+    class Stream:
+        def __iter__(self):
+            for index in range(5):
+                yield Numbered()[index]
+
+    stream = batches(Stream(), 2, start=2, seed=0)
+    assert [next(stream)[1] for _ in range(3)] == [["4", "0"], ["1", "2"], ["3", "4"]]
+    with pytest.raises(ValueError, match="no item"):
+        next(batches([].__iter__(), 2, start=0, seed=0))
+
+
+def test_unknown_data_is_named(tmp_path):
+    with pytest.raises(ValueError, match="data: got 'circles'"):
+        open_dataset("circles", 64)
