@@ -64,6 +64,28 @@ def _fake(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) 
     return torch.empty_like(x), statistics, torch.empty_like(statistics)
 
 
+def _cuda(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    from snapgen_kernels._triton import group_norm_silu as kernels
+
+    return kernels.forward(x, num_groups, weight, bias, eps)
+
+
+def _cuda_backward(
+    dy: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    from snapgen_kernels._triton import group_norm_silu as kernels
+
+    return kernels.backward(dy, x, num_groups, weight, bias, eps, mean, rstd, needs)
+
+
 OP = register(
     NAME,
     "Tensor x, int num_groups, Tensor weight, Tensor bias, float eps",
@@ -72,7 +94,9 @@ OP = register(
     differentiable=("x", "weight", "bias"),
     reference=_reference_with_statistics,
     fake=_fake,
-    kernels=("cpu",),
+    kernels=("cpu", "cuda"),
+    cuda=_cuda,
+    cuda_backward=_cuda_backward,
 )
 
 
