@@ -46,9 +46,8 @@ def generate(
 
     from snapgen import io
     from snapgen.pictures import save_grid
-    from snapgen.pipeline import SnapGenPipeline
 
-    pipe = SnapGenPipeline.from_pretrained(checkpoint)
+    pipe = _load(checkpoint)
     pictures = pipe(
         list(prompt),
         num_inference_steps=steps,
@@ -155,9 +154,8 @@ def evaluate(
     """
     from snapgen import io
     from snapgen.evaluate import print_scores, score_shapes
-    from snapgen.pipeline import SnapGenPipeline
 
-    pipe = SnapGenPipeline.from_pretrained(checkpoint)
+    pipe = _load(checkpoint)
     scores = {
         f"{count} steps": score_shapes(
             pipe, steps=count, guidance=guidance, per_skill=per_skill, seed=seed, console=console
@@ -225,6 +223,18 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         console.print(f"[red]error:[/] {error}", soft_wrap=True)
         sys.exit(2)
+
+
+def _load(checkpoint: str) -> Any:
+    """The pipeline of a checkpoint, without the progress bars of the libraries that read it."""
+    import diffusers
+    import transformers
+
+    from snapgen.pipeline import SnapGenPipeline
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    return SnapGenPipeline.from_pretrained(checkpoint)
 
 
 def _show_warning(message: Any, category: Any, filename: str, *_: Any) -> None:

@@ -262,7 +262,7 @@ class SnapGenPipeline(DiffusionPipeline):
         ]
         for text in prompts:
             counts = [(len(tokenizer(text).input_ids), limit) for tokenizer, limit in limits]
-            if all(count > limit for count, limit in counts):
+            if counts and all(count > limit for count, limit in counts):
                 count, limit = counts[-1]
                 raise ValueError(f"prompt: {count} tokens are too many, at most {limit} are read ({text[:60]!r}...)")
             if any(count > limit for count, limit in counts):

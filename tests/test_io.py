@@ -56,10 +56,10 @@ def full_disk():
 def test_a_full_disk_is_one_clear_message_and_loses_nothing(tmp_path, full_disk):
     path = tmp_path / "w.safetensors"
     io.save_tensors(path, {"a": torch.ones(3)})
-    with pytest.raises(OSError, match=r"no space left on the disk while writing .*w.safetensors"):
-        with io.whole_file(path), open(full_disk, "w") as full:
-            full.write("x" * 100_000)
-            full.flush()
+    expected = pytest.raises(OSError, match=r"no space left on the disk while writing .*w.safetensors")
+    with expected, io.whole_file(path), open(full_disk, "w") as full:
+        full.write("x" * 100_000)
+        full.flush()
     assert torch.equal(io.load_tensors(path)["a"], torch.ones(3))
     assert os.listdir(tmp_path) == ["w.safetensors"]
 

@@ -12,9 +12,7 @@ from snapgen.config import LADDER, PRESETS, get_preset
 from snapgen.decoder import TinyDecoder, TinyEncoder
 from snapgen.unet import SnapGenUNet
 
-SMALL = dict(
-    PRESETS["tiny"].denoiser, channels=(32, 64), num_heads=(1, 2), context_dim=24, pooled_dim=20, temb_dim=32
-)
+SMALL = dict(PRESETS["tiny"].denoiser, channels=(32, 64), num_heads=(1, 2), context_dim=24, pooled_dim=20, temb_dim=32)
 
 
 def small_unet(**flags) -> SnapGenUNet:

@@ -9,48 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
+from small_models import QUIET, SMALL, autoencoder_task, denoiser_task
 from torch import nn
 
 from snapgen import io
-from snapgen.config import PRESETS, Preset
 from snapgen.data.loader import batches, open_dataset
-from snapgen.data.shapes import VOCABULARY, ShapesDataset
-from snapgen.tasks import AutoencoderTask, DenoiserTask, build_autoencoder, build_denoiser
+from snapgen.data.shapes import ShapesDataset
 from snapgen.train import TrainConfig, learning_rate, train
-
-TINY = PRESETS["tiny"]
-SMALL = Preset(
-    name="small",
-    about="for tests",
-    resolution=32,
-    denoiser=dict(TINY.denoiser, sample_size=4, channels=(32, 32), num_heads=(1, 1), context_dim=32, pooled_dim=32),
-    decoder=dict(TINY.decoder, channels=(32, 32, 16, 16), blocks=(1, 1, 1, 0)),
-    encoder=dict(TINY.encoder, channels=(32, 32), blocks=(1, 1)),
-    text=dict(hidden_size=32, layers=1, heads=2, max_tokens=16),
-)
-QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests
-
-
-def denoiser_task() -> DenoiserTask:
-    torch.manual_seed(0)
-    encoder, decoder = build_autoencoder(SMALL)
-    denoiser, text_encoder, tokenizer = build_denoiser(SMALL, VOCABULARY)
-    return DenoiserTask(
-        SMALL,
-        denoiser=denoiser,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        encoder=encoder,
-        decoder=decoder,
-        prompts=("a red circle", "two stars"),
-    )
-
-
-def autoencoder_task() -> AutoencoderTask:
-    torch.manual_seed(0)
-    encoder, decoder = build_autoencoder(SMALL)
-    return AutoencoderTask(SMALL, encoder=encoder, decoder=decoder, pictures=torch.zeros(2, 3, 32, 32))
 
 
 def config(**changes) -> TrainConfig:
@@ -173,7 +138,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         real(path, *args)
 
     monkeypatch.setattr(io, "save_tensors", filling)
-    with pytest.raises(OSError, match="no space left on the disk while writing .*step-0000006"):
+    with pytest.raises(OSError, match=r"no space left on the disk while writing .*step-0000006"):
         train(denoiser_task(), data(), config(), tmp_path, console=QUIET)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000003"]
     monkeypatch.undo()
@@ -245,7 +210,11 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
 def test_first_adamw_step_and_average_by_hand(tmp_path):
     task = Regression()
     train(
-        task, data(), config(steps=1, warmup=1, cooldown=0.0, lr=0.1, weight_decay=0.5, ema=0.9), tmp_path, console=QUIET
+        task,
+        data(),
+        config(steps=1, warmup=1, cooldown=0.0, lr=0.1, weight_decay=0.5, ema=0.9),
+        tmp_path,
+        console=QUIET,
     )
     # AdamW's first step is lr in the gradient's direction, after decay by lr * weight_decay.
     by_hand = 1.0 * (1 - 0.1 * 0.5) + 0.1
