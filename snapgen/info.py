@@ -121,7 +121,7 @@ def print_preset(name: str, console: Console) -> None:
         ("MACs", preset.target_macs, denoiser[""].macs),
     ):
         if target:
-            console.print(f"published {what} of the denoiser: {_si(target)}; ours {own / target - 1:+.2%}")
+            console.print(f"published {what} of the denoiser: {si(target)}; ours {own / target - 1:+.2%}")
 
 
 def print_ladder(console: Console) -> None:
@@ -133,9 +133,21 @@ def print_ladder(console: Console) -> None:
         ours = ", ".join(f"{key} {value:+.1%}" for key, value in row.get("ours", {}).items())
         published = ", ".join(f"{key} {value:+.0%}" for key, value in row.get("published", {}).items())
         table.add_row(
-            row["step"], _si(row["params"]), _si(row["macs"]), row.get("against", ""), ours, published or "not given"
+            row["step"], si(row["params"]), si(row["macs"]), row.get("against", ""), ours, published or "not given"
         )
     console.print(table)
+
+
+def machine() -> dict[str, str]:
+    """Processor, threads, GPU and the versions of what matters here, by name."""
+    packages = ("snapgen", "torch", "triton", "diffusers", "transformers", "safetensors", "coremltools", "numpy")
+    return {
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        **{package: _version(package) for package in packages},
+    }
 
 
 def print_device(console: Console) -> None:
@@ -143,12 +155,8 @@ def print_device(console: Console) -> None:
     import snapgen_kernels
 
     table = Table(title="This machine", show_header=False)
-    table.add_row("processor", _processor())
-    table.add_row("threads", str(torch.get_num_threads()))
-    table.add_row("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
-    table.add_row("python", platform.python_version())
-    for package in ("snapgen", "torch", "triton", "diffusers", "transformers", "safetensors", "coremltools", "numpy"):
-        table.add_row(package, _version(package))
+    for name, value in machine().items():
+        table.add_row(name, value)
     console.print(table)
     found = snapgen_kernels.backends()
     kernels = Table(title=f"Kernels (mode {found['mode']})")
@@ -180,13 +188,14 @@ def _table(title: str, counts: dict[str, Count], groups: str) -> Table:
         inside_list = depth == 1 and name.split(".")[0] in lists and name.split(".")[1].isdigit()
         top = depth == 0 and name and not any(other.startswith(f"{name}.0") for other in counts if name in lists)
         if inside_list or (top and part.params):
-            table.add_row(name, _si(part.params), _si(part.macs))
+            table.add_row(name, si(part.params), si(part.macs))
     table.add_section()
-    table.add_row("all", _si(counts[""].params), _si(counts[""].macs))
+    table.add_row("all", si(counts[""].params), si(counts[""].macs))
     return table
 
 
-def _si(value: float) -> str:
+def si(value: float) -> str:
+    """A count with a decimal prefix: 1.38M."""
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:.2f}{name}"
