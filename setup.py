@@ -26,7 +26,8 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 def cpp_extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    # The kernels are written in the vector extension of GCC and Clang. Vectors never cross a call, so -Wpsabi has no say.
+    # The kernels are written in the vector extension of GCC and Clang. Vectors never cross a call, so -Wpsabi has no
+    # say.
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
     extension = CppExtension(
         "snapgen_kernels._C",

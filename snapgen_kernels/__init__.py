@@ -11,6 +11,7 @@ from snapgen_kernels.group_norm_silu import GroupNormSiLU, Norm, group_norm_silu
 from snapgen_kernels.qk_norm_rope import qk_norm_rope, rope_2d
 from snapgen_kernels.resblock import SepResBlock, resblock
 from snapgen_kernels.sepconv import SepConv2d, sepconv
+from snapgen_kernels.warmup import warmup
 
 __all__ = [
     "CrossAttention",
@@ -34,4 +35,5 @@ __all__ = [
     "rope_2d",
     "sepconv",
     "use",
+    "warmup",
 ]

@@ -18,7 +18,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -124,13 +124,21 @@ def _log_once(op: str, reason: str) -> None:
     log.info("%s runs in PyTorch: %s", op, reason)
 
 
-@torch.compiler.assume_constant_result
+def _constant_in_traces(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result``, without the import of all of dynamo that it costs (2 s)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_in_traces
 def select(op: str, device_type: str, unsupported: str | None) -> bool:
     """True: call the registered op. False: call PyTorch. Raises under ``use("fused")`` where there is no kernel."""
     chosen = mode()
     if chosen == "reference":
         return False
     reason = unsupported or missing_kernel(op, device_type)
+    if reason is None and torch._C._are_functorch_transforms_active():
+        reason = "called inside a torch.func transform, which PyTorch does not carry through registered ops"
     if reason is None:
         return True
     if chosen == "fused":
@@ -139,7 +147,7 @@ def select(op: str, device_type: str, unsupported: str | None) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_traces
 def is_reference() -> bool:
     """True under ``use("reference")``."""
     return mode() == "reference"

@@ -21,14 +21,15 @@ Function = Callable[[Inputs], Any]
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """``empty*`` is filled with NaN inside, also when C++ calls it: what a kernel forgets to write shows."""
-    deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    deterministic, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 @contextmanager
@@ -98,7 +99,8 @@ def _exact(case: Case, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def assert_close(name: str, mine: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Error against fp64 at most twice eager's, plus one ulp of the largest value: at the worst element, and in the mean."""
+    """Error against fp64 at most twice eager's, plus one ulp of the largest value: at the worst element, and in the
+    mean."""
     assert mine.shape == exact.shape, f"{name}: shape {tuple(mine.shape)}, expected {tuple(exact.shape)}"
     if exact.numel() == 0:
         return
@@ -210,7 +212,8 @@ def check_compile(case: Case, device: str = "cpu", backend: str = "aot_eager") -
 
 
 def check_repeats(case: Case, device: str = "cpu", counts: tuple[int, ...] = (1, 2, 5)) -> None:
-    """Bitwise the same outputs and gradients on a repeat, and for each number of threads where a kernel of ours runs."""
+    """Bitwise the same outputs and gradients on a repeat, and for each number of threads where a kernel of ours
+    runs."""
     inputs = case.inputs(device, requires_grad=True)
     function = case.spec.registered
     with threads(counts[0]):

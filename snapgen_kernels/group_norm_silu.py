@@ -110,7 +110,9 @@ def _unsupported(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     """None if the fused kernels take this call, else the reason."""
     allowed = _DTYPES.get(x.device.type, ())
     if x.dtype not in allowed:
-        return f"x has dtype {x.dtype} on {x.device.type}; the kernels take {', '.join(map(str, allowed)) or 'none there'}"
+        return (
+            f"x has dtype {x.dtype} on {x.device.type}; the kernels take {', '.join(map(str, allowed)) or 'none there'}"
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.dtype not in (torch.float32, x.dtype):
             return f"{name} has dtype {tensor.dtype}; the kernels take float32 or the dtype of x ({x.dtype})"

@@ -1,4 +1,5 @@
-"""One thread per test process, so that parallel runs do not fight for cores; fixed seeds; a quick Hypothesis profile."""
+"""One thread per test process, so that parallel runs do not fight for cores; fixed seeds; a quick Hypothesis
+profile."""
 
 from collections.abc import Iterator
 

@@ -1,11 +1,13 @@
 """GroupNorm + SiLU on the GPU, forward and backward; the contract is in ``snapgen_kernels/group_norm_silu.py``.
 
-Names: i_ index, p_ pointer, b_ block in registers, m_ mask, s_ stride. B samples, C channels, P pixels, G groups; a chunk is
-``tiles`` tiles of BLOCK_P pixels. Both memory formats run the same kernels, with the strides of channel and pixel swapped.
+Names: i_ index, p_ pointer, b_ block in registers, m_ mask, s_ stride. B samples, C channels, P pixels, G groups; a
+chunk is ``tiles`` tiles of BLOCK_P pixels. Both memory formats run the same kernels, with the strides of channel and
+pixel swapped.
 
-Statistics take two stages, so that one sample fills the GPU: per channel and chunk, mean and sum of squared deviations (two
-passes over registers), then Chan's merge over the chunks and channels of a group. Every reduction has a fixed order that
-depends on the shape alone: no atomics, a repeat is bitwise equal. Tiles are chosen by rule, not by timing, for that reason.
+Statistics take two stages, so that one sample fills the GPU: per channel and chunk, mean and sum of squared deviations
+(two passes over registers), then Chan's merge over the chunks and channels of a group. Every reduction has a fixed
+order that depends on the shape alone: no atomics, a repeat is bitwise equal. Tiles are chosen by rule, not by timing,
+for that reason.
 """
 
 from __future__ import annotations
@@ -40,9 +42,7 @@ MAX_CHUNKS = 512
 
 
 @triton.jit
-def moments_kernel(
-    p_x, p_mean, p_m2, C, P, tiles, chunks, s_b, s_c, s_p, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def moments_kernel(p_x, p_mean, p_m2, C, P, tiles, chunks, s_b, s_c, s_p, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Per (sample, chunk, channel): mean and sum of squared deviations. Grid: B * chunks * cdiv(C, BLOCK_C)."""
     blocks_c = tl.cdiv(C, BLOCK_C)
     i_program = tl.program_id(0)
@@ -73,7 +73,19 @@ def moments_kernel(
 
 @triton.jit
 def merge_moments_kernel(
-    p_part, p_m2, p_mean, p_rstd, C, P, G, chunk, chunks, eps, CG: tl.constexpr, BLOCK_CG: tl.constexpr, BLOCK: tl.constexpr
+    p_part,
+    p_m2,
+    p_mean,
+    p_rstd,
+    C,
+    P,
+    G,
+    chunk,
+    chunks,
+    eps,
+    CG: tl.constexpr,
+    BLOCK_CG: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Mean and rstd of one group from its chunks and channels. Grid: B * G."""
     i_program = tl.program_id(0)
@@ -198,7 +210,8 @@ def merge_sums_kernel(
     BLOCK_CG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Per sample: channel sums over the chunks, and the group means of dz * weight and dz * weight * xhat. Grid: B * G."""
+    """Per sample: channel sums over the chunks, and the group means of dz * weight and dz * weight * xhat. Grid: B *
+    G."""
     i_program = tl.program_id(0)
     i_b, i_g = i_program // G, i_program % G
     b_cg = tl.arange(0, BLOCK_CG)
@@ -309,7 +322,9 @@ def _plan(x: Tensor) -> _Plan:
     _, channels, height, width = x.shape
     pixels = height * width
     if last:
-        name = "channels_last wide" if channels >= 128 else "channels_last" if channels >= 64 else "channels_last narrow"
+        name = (
+            "channels_last wide" if channels >= 128 else "channels_last" if channels >= 64 else "channels_last narrow"
+        )
     else:
         name = "contiguous" if pixels >= 512 else "contiguous small"
     config = CONFIGS[name]
@@ -395,14 +410,37 @@ def backward(
     part = torch.empty((2, batch, plan.chunks, channels), dtype=torch.float32, device=x.device)
     sizes = (channels, pixels, num_groups, per_group)
     sums_kernel[(batch * plan.chunks * blocks_c,)](
-        plan.dense, dense_dy, weight, bias, mean, rstd, part[0], part[1], *sizes, plan.tiles, plan.chunks, *plan.strides, **tile
+        plan.dense,
+        dense_dy,
+        weight,
+        bias,
+        mean,
+        rstd,
+        part[0],
+        part[1],
+        *sizes,
+        plan.tiles,
+        plan.chunks,
+        *plan.strides,
+        **tile,
     )
     sums = torch.empty((2, batch, channels), dtype=torch.float32, device=x.device)
     means = torch.empty((2, batch, num_groups), dtype=torch.float32, device=x.device)
     block_cg, block = _merge_shape(per_group)
     merge = {"CG": per_group, "BLOCK_CG": block_cg, "BLOCK": block, "num_warps": 4}
     merge_sums_kernel[(batch * num_groups,)](
-        part[0], part[1], weight, sums[0], sums[1], means[0], means[1], channels, pixels, num_groups, plan.chunks, **merge
+        part[0],
+        part[1],
+        weight,
+        sums[0],
+        sums[1],
+        means[0],
+        means[1],
+        channels,
+        pixels,
+        num_groups,
+        plan.chunks,
+        **merge,
     )
     if needs[1] or needs[2]:
         parameters_kernel[(triton.cdiv(channels, 64),)](
@@ -417,8 +455,8 @@ def backward(
     return dx, dweight if needs[1] else empty, dbias if needs[2] else dy.new_empty(0)
 
 
-# What each kernel is compiled for, without a GPU: pointer arguments by the dtype they take ("x": that of the activations,
-# "w": that of the parameters), and constants per config.
+# What each kernel is compiled for, without a GPU: pointer arguments by the dtype they take ("x": that of the
+# activations, "w": that of the parameters), and constants per config.
 COMPILE = {
     "moments_kernel": {"p_x": "x"},
     "apply_kernel": {"p_x": "x", "p_y": "x", "p_weight": "w", "p_bias": "w"},
@@ -436,6 +474,7 @@ def compile_constants(kernel: str) -> list[dict[str, int]]:
         return [{"BLOCK_B": 16, "BLOCK_C": 64, "num_warps": 4}]
     if kernel.startswith("merge"):
         return [
-            {"CG": cg, "BLOCK_CG": _merge_shape(cg)[0], "BLOCK": _merge_shape(cg)[1], "num_warps": 4} for cg in (1, 8, 28)
+            {"CG": cg, "BLOCK_CG": _merge_shape(cg)[0], "BLOCK": _merge_shape(cg)[1], "num_warps": 4}
+            for cg in (1, 8, 28)
         ]
     return [{"BLOCK_P": c.block_p, "BLOCK_C": c.block_c, "num_warps": c.num_warps} for c in CONFIGS.values()]

@@ -1,4 +1,5 @@
-"""Makes Triton's interpreter right for bf16: as shipped it computes on the raw 16-bit integers and truncates on stores."""
+"""Makes Triton's interpreter right for bf16: as shipped it computes on the raw 16-bit integers and truncates on
+stores."""
 
 from typing import Any
 

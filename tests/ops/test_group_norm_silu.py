@@ -1,4 +1,5 @@
-"""GroupNorm + SiLU beyond the common contract: hostile numbers, hostile shapes, every instruction set, frozen inputs."""
+"""GroupNorm + SiLU beyond the common contract: hostile numbers, hostile shapes, every instruction set, frozen
+inputs."""
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def test_any_shape_layout_and_dtype(
     dims = {"B": batch, "C": groups * per_group, "H": height, "W": width, "G": groups}
     case = Case("group_norm_silu", "drawn", dims, dtype, layout, offset=offset)
     if per_group * height * width <= 2:
-        # Normalising one or two values leaves no freedom: the exact gradient of x is (nearly) zero, what is left is noise.
+        # Normalising one or two values leaves no freedom: the exact gradient of x is (nearly) zero, what is left is
+        # noise.
         checks.check_values(case)
         return
     checks.check_gradients(case, function=case.spec.registered)
@@ -79,7 +81,8 @@ def test_unknown_instruction_set_is_named() -> None:
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_large_mean_loses_no_accuracy(layout: str) -> None:
-    """Mean 1000, deviation 1, many chunks: a one-pass variance would be wrong by 10%; ours errs as PyTorch's two-pass."""
+    """Mean 1000, deviation 1, many chunks: a one-pass variance would be wrong by 10%; ours errs as PyTorch's
+    two-pass."""
     case = Case("group_norm_silu", "mean", {"B": 1, "C": 64, "H": 61, "W": 53, "G": 4}, layout=layout, offset=1000.0)
     inputs = case.inputs()
     exact = reference(**checks.in_double(inputs))
