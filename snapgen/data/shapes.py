@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses",
            "ring": "rings"}  # fmt: skip
-COLORS: dict[str, tuple[float, float, float]] = {  # RGB in [0, 1]; nearest pair 0.37 apart, all 0.36 or more from any ground
+COLORS: dict[str, tuple[float, float, float]] = {  # RGB in [0, 1]; 0.37 or more apart, 0.36 from any ground
     "red": (0.84, 0.10, 0.12),
     "orange": (0.96, 0.48, 0.05),
     "yellow": (0.97, 0.85, 0.12),
