@@ -142,6 +142,14 @@ def check_values(case: Case, device: str = "cpu", function: Function | None = No
         assert_close(f"{case}: {name}", ours[name], plain[name], value)
 
 
+def check_reference(case: Case) -> None:
+    """The reference and plain PyTorch are the same function: outputs and gradients agree in fp64."""
+    inputs = in_double(case.inputs(requires_grad=True))
+    mine, plain = run(case, case.spec.reference, inputs), run(case, case.spec.eager, inputs)
+    for name, value in plain.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-9, msg=f"{case}: {name} differs in fp64")
+
+
 def check_gradients(case: Case, device: str = "cpu", function: Function | None = None, layout: str = "same") -> None:
     """Outputs and every gradient against fp64 within the derived bound, in NaN-filled fresh memory."""
     mine, eager, exact = [], [], []

@@ -42,6 +42,8 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """SiLU(GroupNorm(x)) in plain PyTorch: [B, C, H, W] -> [B, C, H, W]."""
+    if x.numel() == 0:  # group_norm's own backward gives NaN here
+        return F.silu(x * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
     wide = compute_dtype(x)
     # PyTorch 2.11 to 2.13 crash in the channels_last backward of group_norm on the CPU where x needs no gradient.
     frozen = not x.requires_grad and (weight.requires_grad or bias.requires_grad) and not x.is_contiguous()
@@ -54,7 +56,11 @@ def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: flo
 def _reference_with_statistics(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups = x.detach().to(compute_dtype(x)).reshape(x.shape[0], num_groups, -1)
+    if x.numel() == 0:
+        nothing = x.new_full((x.shape[0], num_groups), float("nan"), dtype=compute_dtype(x))
+        return reference(x, num_groups, weight, bias, eps), nothing, nothing.clone()
+    per_group = x.shape[1] // num_groups * x.shape[2] * x.shape[3]
+    groups = x.detach().to(compute_dtype(x)).reshape(x.shape[0], num_groups, per_group)
     var, mean = torch.var_mean(groups, dim=2, correction=0)
     return reference(x, num_groups, weight, bias, eps), mean, torch.rsqrt(var + eps)
 

@@ -13,6 +13,11 @@ SINGLE = [case for case in ALL if case.dtype == torch.float32 and case.layout ==
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
+def test_the_reference_is_plain_pytorch(case: Case) -> None:
+    checks.check_reference(case)
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_outputs_and_gradients_of_the_public_function(case: Case) -> None:
     checks.check_values(case)
     checks.check_gradients(case)
