@@ -1,0 +1,250 @@
+"""What is in a Core ML package: inputs, outputs, operations, weights, multiply-adds, metadata. Reads any .mlpackage."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from snapgen.export.tools import PackageError, coremltools
+
+NEWEST_FORMAT = 10  # of coremltools 9: iOS 26
+SYSTEMS = {6: "iOS15", 7: "iOS16", 8: "iOS17", 9: "iOS18", 10: "iOS26"}
+# Head of a tensor in a weight file: mark, dtype, bytes, where they start.
+_BLOB = struct.Struct("<IIQQ")
+_BLOB_MARK = 0xDEADBEEF
+
+
+def read_spec(path: str | Path) -> tuple[Any, Path]:
+    """The model description (a protobuf message) and the folder of the weight files of an .mlpackage.
+
+    Raises:
+        PackageError: it is missing, truncated, not a Core ML package, or of a newer format than coremltools knows.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PackageError(f"{path}: no such package")
+    manifest = path / "Manifest.json"
+    if not manifest.is_file():
+        raise PackageError(f"{path}: not a Core ML package (it holds no Manifest.json)")
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+        root = path / "Data" / entries["itemInfoEntries"][entries["rootModelIdentifier"]]["path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise PackageError(f"{path}: its Manifest.json is truncated or not of a Core ML package") from error
+    if not root.is_file():
+        raise PackageError(f"{path}: its model file {root.relative_to(path)} is missing")
+
+    model_pb2 = coremltools("proto.Model_pb2")
+    from google.protobuf.message import DecodeError
+
+    spec = model_pb2.Model()
+    try:
+        spec.ParseFromString(root.read_bytes())
+    except DecodeError as error:
+        raise PackageError(f"{path}: {root.name} is truncated or no Core ML model") from error
+    if spec.specificationVersion > NEWEST_FORMAT:
+        raise PackageError(
+            f"{path}: its format is number {spec.specificationVersion}, the newest known here is {NEWEST_FORMAT} "
+            f"({SYSTEMS[NEWEST_FORMAT]}); a newer coremltools may read it"
+        )
+    if spec.WhichOneof("Type") is None:
+        raise PackageError(f"{path}: {root.name} holds no model; it is truncated")
+    weights = root.parent / "weights"
+    for value in _blobs(spec):
+        _blob_bytes(path, weights, value)
+    return spec, weights
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What is in an .mlpackage, as plain values.
+
+    Keys: `path`; `kind` ("mlProgram", or another of Core ML's model types, for which there are no figures on
+    operations and weights); `format` (number) and `system` (the oldest that runs it); `inputs` and `outputs`, lists of
+    `name`, `shape`, `dtype`, `about`; `operations` (type -> count, constants left out); `weights`: dtype -> `count`,
+    `elements`, `bytes`; `flops` of one call, two per multiply-add of convolutions, matrix products and attention;
+    `file_bytes` of the whole package; `metadata`.
+
+    Raises:
+        PackageError: see `read_spec`.
+    """
+    path = Path(path)
+    spec, weights = read_spec(path)
+    program = spec.WhichOneof("Type") == "mlProgram"
+    operations = list(_operations(spec)) if program else []
+    metadata = spec.description.metadata
+    return {
+        "path": str(path),
+        "kind": spec.WhichOneof("Type"),
+        "format": spec.specificationVersion,
+        "system": SYSTEMS.get(spec.specificationVersion, "before iOS15"),
+        "inputs": [_feature(feature) for feature in spec.description.input],
+        "outputs": [_feature(feature) for feature in spec.description.output],
+        "operations": dict(Counter(op.type for op in operations if op.type != "const").most_common()),
+        "weights": _weights(path, spec, weights),
+        "flops": _flops(operations),
+        "file_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "metadata": {
+            "description": metadata.shortDescription,
+            "author": metadata.author,
+            "license": metadata.license,
+            "version": metadata.versionString,
+            "user": dict(sorted(metadata.userDefined.items())),
+        },
+    }
+
+
+def report(descriptions: Iterable[Mapping[str, Any]], console: Console | None = None) -> None:
+    """Print what `describe` found: a table of figures, then each package's inputs, outputs and operations.
+
+    A description may carry `psnr` (dB, of an export's parity check) beside the keys of `describe`.
+    """
+    console = console or Console()
+    descriptions = list(descriptions)
+    figures = Table(title="Core ML packages", title_justify="left")
+    figures.add_column("package", no_wrap=True)
+    for name in ("from", "MB", "weights", "ops", "GFLOP", "PSNR"):
+        figures.add_column(name, justify="right", no_wrap=True)
+    for found in descriptions:
+        count = sum(entry["elements"] for entry in found["weights"].values())
+        kinds = sorted(found["weights"], key=lambda kind: -found["weights"][kind]["elements"])
+        figures.add_row(
+            Path(found["path"]).name,
+            found["system"],
+            f"{found['file_bytes'] / 1e6:.2f}",
+            f"{count / 1e6:.2f}M {kinds[0].replace('float', 'fp')}" if kinds else "-",
+            str(sum(found["operations"].values())),
+            f"{found['flops'] / 1e9:.3f}",
+            f"{found['psnr']:.1f} dB" if "psnr" in found else "-",
+        )
+    console.print(figures)
+    for found in descriptions:
+        counts = ", ".join(f"{count} {kind}" for kind, count in found["operations"].items())
+        borders = Table(title=Path(found["path"]).name, title_justify="left", caption=counts, caption_justify="left")
+        borders.add_column("")
+        for name in ("name", "shape", "type"):
+            borders.add_column(name, no_wrap=True)
+        borders.add_column("what it is")
+        for side, word in (("inputs", "in"), ("outputs", "out")):
+            for feature in found[side]:
+                shape = "x".join(map(str, feature["shape"]))
+                borders.add_row(word, feature["name"], shape, feature["dtype"], escape(feature["about"]))
+        console.print(borders)
+
+
+def _feature(feature: Any) -> dict[str, Any]:
+    kind = feature.type.WhichOneof("Type")
+    shape: list[int] = []
+    dtype = str(kind)
+    if kind == "multiArrayType":
+        array = feature.type.multiArrayType
+        shape = list(array.shape)
+        dtype = array.ArrayDataType.Name(array.dataType).lower()
+    elif kind == "imageType":
+        image = feature.type.imageType
+        shape, dtype = [image.height, image.width], f"image {image.ColorSpace.Name(image.colorSpace).lower()}"
+    return {"name": feature.name, "shape": shape, "dtype": dtype, "about": feature.shortDescription}
+
+
+def _operations(spec: Any) -> Iterator[Any]:
+    def of_block(block: Any) -> Iterator[Any]:
+        for op in block.operations:
+            yield op
+            for inner in op.blocks:
+                yield from of_block(inner)
+
+    for function in spec.mlProgram.functions.values():
+        yield from of_block(function.block_specializations[function.opset])
+
+
+def _blobs(spec: Any) -> Iterator[Any]:
+    """Every value of the program that lies in a weight file."""
+    if spec.WhichOneof("Type") != "mlProgram":
+        return
+    for op in _operations(spec):
+        values = [*op.attributes.values(), *(b.value for i in op.inputs.values() for b in i.arguments)]
+        yield from (value for value in values if value.WhichOneof("value") == "blobFileValue")
+
+
+def _blob_bytes(path: Path, weights: Path, value: Any) -> int:
+    """Size of a value in its weight file, whose head and length are checked."""
+    file = weights / value.blobFileValue.fileName.rsplit("/", 1)[-1]
+    if not file.is_file():
+        raise PackageError(f"{path}: its weight file {file.name} is missing")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        stream.seek(value.blobFileValue.offset)
+        head = stream.read(_BLOB.size)
+    if len(head) == _BLOB.size:
+        mark, _, length, start = _BLOB.unpack(head)
+        if mark == _BLOB_MARK and start + length <= size:
+            return length
+    raise PackageError(f"{path}: its weight file {file.name} is truncated or damaged ({size} bytes)")
+
+
+def _weights(path: Path, spec: Any, folder: Path) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    seen = set()
+    names = coremltools("proto.MIL_pb2").DataType
+    for value in _blobs(spec):
+        place = (value.blobFileValue.fileName, value.blobFileValue.offset)
+        if place in seen:  # shared between functions
+            continue
+        seen.add(place)
+        kind = names.Name(value.type.tensorType.dataType).lower()
+        entry = found.setdefault(kind, {"count": 0, "elements": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["elements"] += math.prod(_shape(value.type))
+        entry["bytes"] += _blob_bytes(path, folder, value)
+    return found
+
+
+def _shape(value_type: Any) -> list[int]:
+    return [dimension.constant.size for dimension in value_type.tensorType.dimensions]
+
+
+def _flops(operations: list[Any]) -> int:
+    shapes = {output.name: _shape(output.type) for op in operations for output in op.outputs}
+    constants = {op.outputs[0].name: op.attributes["val"] for op in operations if op.type == "const"}
+    total = 0
+    for op in operations:
+        arguments = {name: [shapes.get(b.name, []) for b in given.arguments] for name, given in op.inputs.items()}
+        out = math.prod(_shape(op.outputs[0].type)) if op.outputs else 0
+        if op.type in ("conv", "linear") and arguments["weight"][0]:
+            total += 2 * out * math.prod(arguments["weight"][0][1:])
+        elif op.type == "matmul" and arguments["x"][0]:
+            transposed = _immediate(op, "transpose_x", constants)
+            total += 2 * out * arguments["x"][0][-2 if transposed else -1]
+        elif op.type == "einsum":
+            x, y = arguments["values"]
+            total += 2 * out * _summed(_immediate(op, "equation", constants), x, y)
+        elif op.type == "scaled_dot_product_attention":
+            q, k, v = (arguments[name][0] for name in ("query", "key", "value"))
+            total += 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+    return total
+
+
+def _summed(equation: str, x: list[int], y: list[int]) -> int:
+    operands, result = equation.replace(" ", "").split("->")
+    sizes = dict(zip("".join(operands.split(",")), [*x, *y], strict=True))
+    return math.prod(size for axis, size in sizes.items() if axis not in result)
+
+
+def _immediate(op: Any, name: str, constants: Mapping[str, Any]) -> Any:
+    """The value of a scalar argument, which is written in place or as a constant's name; None where it is neither."""
+    if name not in op.inputs:
+        return None
+    binding = op.inputs[name].arguments[0]
+    value = constants.get(binding.name) if binding.WhichOneof("binding") == "name" else binding.value
+    if value is None:
+        return None
+    tensor = value.immediateValue.tensor
+    return getattr(tensor, tensor.WhichOneof("value")).values[0]
