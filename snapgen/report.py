@@ -112,7 +112,8 @@ def table(
     number = ' class="n"'
     body = "".join(line(row, "td", ' class="strong"' if at in strong else "") for at, row in enumerate(rows))
     head = f"<thead>{line(headings, 'th')}</thead>\n" if any(headings) else ""
-    return Html(f'<div class="wide"><table>\n{head}<tbody>\n{body}</tbody></table></div>\n')
+    plain = "" if head else ' class="plain"'
+    return Html(f'<div class="wide"><table{plain}>\n{head}<tbody>\n{body}</tbody></table></div>\n')
 
 
 def picture(source: Image.Image | Path, alt: str, *, plate: bool = False) -> Html:
@@ -284,11 +285,13 @@ figcaption { margin-top: 6px; font-size: 14px; line-height: 1.35; color: var(--s
 .wrong { color: var(--wrong); }
 .wide { overflow-x: auto; margin: 16px 0 24px; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; line-height: 1.4; }
+table.plain { width: auto; }
 th, td { padding: 8px 20px 8px 0; text-align: left; vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
 th { font-size: 13px; font-weight: 500; color: var(--soft); border-bottom: 1px solid var(--ink); white-space: nowrap; }
 td { border-bottom: 1px solid var(--line); }
 .n { text-align: right; white-space: nowrap; }
+td code { white-space: nowrap; }
 .strong td { font-weight: 620; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 24px; margin: 24px 0 16px; font-size: 14px; color: var(--soft); }
 .legend i { display: inline-block; width: 12px; height: 12px; margin-right: 8px; border-radius: 2px; }

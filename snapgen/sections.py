@@ -195,25 +195,27 @@ def time_ops(state: Run) -> Section:
         said = (done.stdout + done.stderr).strip()[-2000:]
         raise RuntimeError(f"{command} failed with exit code {done.returncode}:\n{said}")
     measured = json.loads(table.read_text())
-    comparisons = compare(measured["rows"])
+    # fwd+bwd is the sum of the other two.
+    comparisons = [found for found in compare(measured["rows"]) if found["mode"] != "fwd+bwd"]
+    gains = [found["gain"] for found in comparisons if found["gain"]]
     machine = measured["machine"]
+    busy = machine["load"] > machine["threads"] + 0.5
     body = report.join(
         report.paragraph(
-            f"Median of many runs, in ms, on {machine['device']} with {machine['threads']} threads; every case is "
-            f"checked against fp64 before it is timed. “Gain” is the best peer’s time over ours, so above 1 is "
-            f"faster; “of floor” is how near we are to what this machine’s measured matrix products and memory copies "
-            f"allow. “bwd” is the backward pass alone."
+            f"Median of many runs on {machine['device']}, {machine['threads']} threads; every case is checked against "
+            f"fp64 before it is timed. Ours is faster than the best peer in {sum(gain > 1 for gain in gains)} of "
+            f"{len(gains)} rows. “bwd” is the backward pass alone; “of floor” is how near we are to what this "
+            f"machine’s measured matrix products and memory copies allow."
         ),
+        report.note(f"Other programs were running (load {machine['load']}), so these times are rough.") if busy else "",
         _timing_table(comparisons),
-        report.picture(plot, "Speed-ups of the fused ops and how near they are to the machine's limits", plate=True)
+        report.picture(plot, "Speed-ups of the fused ops, and how near they are to the machine’s limits", plate=True)
         if plot.is_file()
         else "",
-        report.paragraph("Other ops run their PyTorch reference on this processor so far; ", report.code("make bench"),
-                         " times every op, shape and peer."),
+        report.paragraph("Only ops with a kernel for this processor are timed here; the others run PyTorch. ",
+                         report.code("make bench"), " times every op, shape and peer."),
     )  # fmt: skip
-    forward = [c for c in comparisons if c["mode"] == "fwd" and c["gain"]]
-    best = max(forward, key=lambda c: c["gain"], default=None)
-    summary = f"{len(comparisons)} measured" + (f"; {best['op']} up to {best['gain']:.1f}x" if best else "")
+    summary = f"{sum(gain > 1 for gain in gains)} of {len(gains)} faster than the best peer"
     return Section("timing", title, body, command, summary)
 
 
@@ -226,7 +228,9 @@ def count(state: Run) -> Section:
     for preset in PRESETS.values():
         state.say(preset.name)
         denoiser, decoder = info.denoiser_counts(preset.denoiser)[""], info.decoder_counts(preset)[""]
-        published = [info.si(target) for target in (preset.target_params, preset.target_macs) if target]
+        published = [
+            info.si(target).replace(".00", "") for target in (preset.target_params, preset.target_macs) if target
+        ]
         presets.append(
             [preset.name, f"{preset.resolution}", info.si(denoiser.params), info.si(denoiser.macs),
              " / ".join(published) or "–", info.si(decoder.params), info.si(decoder.macs)]
@@ -398,20 +402,18 @@ def _left_out(title: str, command: str, why: str) -> Section:
 
 
 def _timing_table(comparisons: Sequence[Mapping[str, Any]]) -> Html:
-    rows = []
+    rows: list[list[object]] = []
+    above = ("", "")
     for found in comparisons:
         fused, peer, gain = found["fused"], found["peer"], found["gain"]
-        rows.append(
-            [
-                found["op"].replace("_", " "), found["case"], found["dtype"], found["mode"],
-                _ms(fused), _ms(peer), peer["provider"] if peer else "–",
-                f"{gain:.2f}×" if gain else "–",
-                f"{fused['floor_ms'] / fused['p50_ms']:.0%}" if fused else "–",
-            ]
-        )  # fmt: skip
-    return report.table(
-        ["op", "case", "dtype", "mode", "fused", "best peer", "which", "gain", "of floor"], rows, left=4
-    )
+        here = (found["op"], found["case"])
+        op, case = ("", "") if here == above else (report.code(found["op"]), report.code(found["case"]))
+        above = here
+        share = f"{fused['floor_ms'] / fused['p50_ms']:.0%}" if fused else "–"
+        names = [op, case, found["dtype"], found["mode"], peer["provider"] if peer else "–"]
+        rows.append([*names, _ms(fused), _ms(peer), f"{gain:.2f}×" if gain else "–", share])
+    headings = ["op", "case", "dtype", "mode", "best peer", "ours, ms", "peer, ms", "gain", "of floor"]
+    return report.table(headings, rows, left=5)
 
 
 def _ms(row: Mapping[str, Any] | None) -> str:
