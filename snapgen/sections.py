@@ -114,6 +114,7 @@ def score(state: Run) -> Section:
     plot_scores(scores, state.out / "scores.png")
 
     many, few = scores[f"{MANY} steps"], scores[f"{FEW} steps"]
+    before = scores[f"untrained, {MANY} steps"]["overall"]
     error = (sum(many[s] * (1 - many[s]) / state.per_skill for s in SKILLS)) ** 0.5 / len(SKILLS)
     state.figures += [
         (f"{many['overall']:.2f}", f"share right on unseen captions, {MANY} steps"),
@@ -143,7 +144,7 @@ def score(state: Run) -> Section:
         title="How often a picture shows what was asked",
         body=body,
         command=f"snapgen eval {state.checkpoint} --steps {MANY} {FEW} --per-skill {state.per_skill}",
-        summary=", ".join(f"{row['overall']:.2f} at {name}" for name, row in scores.items()),
+        summary=f"{many['overall']:.2f} at {MANY} steps, {few['overall']:.2f} at {FEW}; untrained {before:.2f}",
     )
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,9 @@ def test_pictures_scores_and_path(checkpoint: Path, tmp_path: Path) -> None:
 
     found = json.loads((report.parent / "scores.json").read_text())
     pipe = SnapGenPipeline.from_pretrained(checkpoint)
-    settings = dict(steps=4, guidance=found["guidance"], per_skill=found["per_skill"], seed=found["seed"])
+    settings: dict[str, Any] = dict(
+        steps=4, guidance=found["guidance"], per_skill=found["per_skill"], seed=found["seed"]
+    )
     assert found["scores"]["4 steps"] == score_shapes(pipe, **settings)
     assert found["scores"].keys() == {"28 steps", "4 steps", "untrained, 28 steps", "untrained, 4 steps"}
 
@@ -117,13 +120,26 @@ def test_without_coremltools_the_section_says_how_to_get_it(
 
 
 def row(provider: str, mode: str, p50: float) -> dict[str, object]:
-    measured = dict(p20_ms=p50, p50_ms=p50, p80_ms=p50, repeats=5, flops=1, bytes=1, floor_ms=0.5, gemm_gflops=1.0)
-    machine = dict(provider_version="", date="", commit="", device="a <machine>", variant="", threads=2, malloc="tuned",
-                   load=9.0, python="", torch="", triton="", snapgen="")  # fmt: skip
-    rest = dict(copy_gbs=1.0, peak_bytes=1, checked="")
+    measured: dict[str, Any] = dict(
+        p20_ms=p50, p50_ms=p50, p80_ms=p50, repeats=5, flops=1, bytes=1, floor_ms=0.5, gemm_gflops=1.0
+    )
+    words = (
+        "provider_version",
+        "date",
+        "commit",
+        "device",
+        "variant",
+        "malloc",
+        "python",
+        "torch",
+        "triton",
+        "snapgen",
+    )
+    machine: dict[str, Any] = dict.fromkeys(words, "") | dict(threads=2, load=9.0)
+    rest: dict[str, Any] = dict(copy_gbs=1.0, peak_bytes=1, checked="")
     return asdict(
         Row(op="geglu", case="a case", dtype="fp32", mode=mode, provider=provider, **measured, **rest, **machine)
-    )  # type: ignore[arg-type]
+    )
 
 
 def checkout(folder: Path, body: str) -> Path:
