@@ -145,6 +145,7 @@ def row(provider: str, mode: str, p50: float) -> dict[str, object]:
 def checkout(folder: Path, body: str) -> Path:
     """A checkout whose benchmark is `body`."""
     (folder / "bench").mkdir(parents=True)
+    (folder / "bench" / "__init__.py").touch()
     (folder / "bench" / "__main__.py").write_text(body)
     return folder
 
