@@ -237,9 +237,9 @@ def _load(checkpoint: str) -> Any:
     return SnapGenPipeline.from_pretrained(checkpoint)
 
 
-def _show_warning(message: Any, category: Any, filename: str, *_: Any) -> None:
-    # Ours speak to the user; a library's deprecations do not.
-    if issubclass(category, UserWarning) and "snapgen" in filename:
+def _show_warning(message: Any, category: type[Warning], *_: Any) -> None:
+    # Ours speak to the user; the libraries' deprecations do not.
+    if category.__module__.startswith("snapgen"):
         console.print(f"[yellow]note:[/] {message}", soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ large presets encode with the frozen SD3 autoencoder), `text` for the text encod
 
 Sources: SnapGen (CVPR 2025), the authors' slides for parameter and FLOP counts. What the paper leaves open (width of
 the time embedding, depth of the middle block, side of the first stage's cross-attention) is fitted to those counts; see
-docs/ARCHITECTURE.md.
+ARCHITECTURE.md.
 """
 
 from __future__ import annotations

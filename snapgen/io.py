@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -105,14 +106,32 @@ def check_tensors(path: str | Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     with path.open("rb") as file:
-        head = file.read(8)
-    if head[:1] == b"\x80" or head[:2] == b"PK":
+        head = file.read(9)
+    # safetensors begin with 8 bytes of length, whose first may look like a pickle's, and then a brace.
+    if head[8:] != b"{" and (head[:1] == b"\x80" or head[:2] == b"PK"):
         raise CheckpointError(f"{path}: this is a pickle (a .pt or .bin file); only safetensors are read")
     try:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def halve(folder: str | Path) -> None:
+    """Store the fp32 weights of every safetensors file under `folder` in fp16, at half the size.
+
+    Raises:
+        ValueError: a weight is too large for fp16.
+    """
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        tensors = load_tensors(path)
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.float32:
+                tensors[name] = tensor.half()
+                if not torch.equal(tensors[name].isfinite(), tensor.isfinite()):
+                    raise ValueError(f"{path}: {name} reaches {tensor.abs().max():.3g}, too large for fp16")
+        # transformers asks for the key, which save_pretrained writes too.
+        save_tensors(path, tensors, {"format": "pt"})
 
 
 def load_strictly(module: Any, tensors: Mapping[str, Tensor], source: str | Path, what: str) -> None:

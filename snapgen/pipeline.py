@@ -22,6 +22,10 @@ from snapgen.text import TextEmbedding, encode_clip, encode_gemma, encode_tiny, 
 SHIPPED = Path(__file__).parent / "checkpoints"
 
 
+class PromptWarning(UserWarning):
+    """A part of a prompt that the model does not read."""
+
+
 class SnapGenPipeline(DiffusionPipeline):
     """Text to pictures.
 
@@ -98,6 +102,9 @@ class SnapGenPipeline(DiffusionPipeline):
         elif isinstance(path, os.PathLike) or str(path).startswith((".", "/")) or folder.suffix:
             raise io.CheckpointError(f"{path}: no such checkpoint folder")
         options.setdefault("use_safetensors", True)
+        # transformers would otherwise load in the dtype of the file, diffusers in fp32.
+        if "torch_dtype" not in options:
+            options.setdefault("dtype", torch.float32)
         # diffusers builds our components by module name, but only from modules that are imported already.
         importlib.import_module("snapgen.unet")
         importlib.import_module("snapgen.decoder")
@@ -239,7 +246,8 @@ class SnapGenPipeline(DiffusionPipeline):
             warnings.warn(
                 f"prompt: the model never saw {', '.join(map(repr, unknown))} and ignores it; it knows only the words "
                 f"it was trained on (`pipe.vocabulary`)",
-                stacklevel=3,
+                PromptWarning,
+                stacklevel=4,
             )
         return prompts
 
@@ -266,7 +274,9 @@ class SnapGenPipeline(DiffusionPipeline):
                 count, limit = counts[-1]
                 raise ValueError(f"prompt: {count} tokens are too many, at most {limit} are read ({text[:60]!r}...)")
             if any(count > limit for count, limit in counts):
-                warnings.warn(f"prompt: CLIP reads only the first 77 tokens of {text[:60]!r}...", stacklevel=4)
+                warnings.warn(
+                    f"prompt: CLIP reads only the first 77 tokens of {text[:60]!r}...", PromptWarning, stacklevel=5
+                )
 
 
 def _check_folder(folder: Path) -> None:

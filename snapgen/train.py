@@ -68,6 +68,8 @@ class TrainConfig:
     """Processes that read data; 0 reads in this one."""
     compile: bool = False
     """torch.compile the trained modules."""
+    export_dtype: str = "fp32"
+    """What the exported weights are stored in: fp32, or fp16 at half the size. They load as fp32 either way."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every", "sample_every", "log_every", "keep"):
@@ -75,6 +77,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}; must be at least 1")
         if self.dtype not in ("fp32", "bf16"):
             raise ValueError(f"dtype: got {self.dtype!r}; allowed are fp32 and bf16")
+        if self.export_dtype not in ("fp32", "fp16"):
+            raise ValueError(f"export_dtype: got {self.export_dtype!r}; allowed are fp32 and fp16")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"cooldown: got {self.cooldown}; must lie in [0, 1]")
         if not 0 <= self.ema < 1:
@@ -82,7 +86,7 @@ class TrainConfig:
 
 
 # These may change between a run and its resumption without changing the weights.
-_FREE = {"save_every", "sample_every", "log_every", "keep", "workers"}
+_FREE = {"save_every", "sample_every", "log_every", "keep", "workers", "export_dtype"}
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -151,6 +155,8 @@ def train(task: Task, data: Any, config: TrainConfig, out: Path, *, console: Con
     writer.close()
     with state.averaged(), io.whole_directory(out / "export") as folder:
         task.export(folder)
+        if config.export_dtype == "fp16":
+            io.halve(folder)
     return out / "export"
 
 

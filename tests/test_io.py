@@ -64,6 +64,16 @@ def test_a_full_disk_is_one_clear_message_and_loses_nothing(tmp_path, full_disk)
     assert os.listdir(tmp_path) == ["w.safetensors"]
 
 
+def test_a_header_length_that_looks_like_a_pickle_is_read(tmp_path):
+    seen = set()
+    for length in range(1, 40):
+        path = tmp_path / "w.safetensors"
+        io.save_tensors(path, {"a" * length: torch.ones(1)}, {"note": "x" * 30})
+        seen.add(path.read_bytes()[0])
+        io.load_tensors(path)
+    assert 0x80 in seen
+
+
 def test_truncated_pickled_and_missing_files_are_named(tmp_path):
     good = tmp_path / "good.safetensors"
     io.save_tensors(good, {"a": torch.arange(1000.0)})

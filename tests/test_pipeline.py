@@ -106,6 +106,22 @@ def test_saved_and_loaded_draws_the_same(tiny, tmp_path):
     assert again.config.joint_text is True
 
 
+def test_halved_weights_load_as_fp32_and_draw_about_the_same(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    before = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    io.halve(tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) < 0.55 * before
+    again = SnapGenPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    for name, part in tiny.components.items():
+        if isinstance(part, torch.nn.Module):
+            for key, tensor in getattr(again, name).state_dict().items():
+                own = part.state_dict()[key]
+                assert tensor.dtype == own.dtype
+                assert torch.equal(tensor, own.half().to(own.dtype) if own.is_floating_point() else own), (name, key)
+    torch.testing.assert_close(draw(again), draw(tiny), atol=0.03, rtol=0)
+
+
 def test_batch_prompt_and_seed_decide_the_picture(tiny):
     noise = torch.randn(2, 8, 4, 4)
     both = draw(tiny, ["a red circle", "a blue star above a ring"], latents=noise)

@@ -64,9 +64,10 @@ def open_dataset(source: str, resolution: int, *, seed: int = 0) -> Any:
 
     if source == "shapes":
         return ShapesDataset(resolution, seed=seed, length=1 << 40)
-    if source.endswith(".tar"):
+    folder = Path(source)
+    if source.endswith(".tar") or (folder.is_dir() and any(folder.glob("*.tar"))):
         return WebDatasetShards(source, resolution)
-    if Path(source).is_dir():
+    if folder.is_dir():
         return ImageFolder(source, resolution)
     raise ValueError(f"data: got {source!r}; must be 'shapes', a folder, or WebDataset shards ending in .tar")
 
