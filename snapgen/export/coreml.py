@@ -126,7 +126,7 @@ def export_pipeline(
 def build_part(pipe: Any, name: str, *, batch: int, tokens: int) -> Part:
     """The part `name` of a pipeline in the form that is exported, with copies of its weights."""
     size = pipe.denoiser.config.sample_size
-    with use("reference"):
+    with use("reference"), torch.random.fork_rng(devices=[]):  # layers draw weights when they are made
         if name == "denoiser":
             return Denoiser(pipe.denoiser, batch=batch, height=size, width=size, tokens=tokens)
         if name == "decoder":
@@ -139,7 +139,7 @@ def convert(part: Part, package: Path, target: str) -> None:
     ct = coremltools()
     examples = tuple(feature.example for feature in part.inputs)
     passes = ct.PassPipeline(list(PASSES), "snapgen")
-    with torch.no_grad(), use("reference"), quiet():
+    with torch.no_grad(), use("reference"), torch.random.fork_rng(devices=[]), quiet():
         program = torch.export.export(part, examples).run_decompositions({})
         ct.convert(
             program,

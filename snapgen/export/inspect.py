@@ -70,8 +70,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     Keys: `path`; `kind` ("mlProgram", or another of Core ML's model types, for which there are no figures on
     operations and weights); `format` (number) and `system` (the oldest that runs it); `inputs` and `outputs`, lists of
     `name`, `shape`, `dtype`, `about`; `operations` (type -> count, constants left out); `weights`: dtype -> `count`,
-    `elements`, `bytes`; `flops` of one call, two per multiply-add of convolutions, matrix products and attention;
-    `file_bytes` of the whole package; `metadata`.
+    `elements`, `bytes`; `flops` of one call, two per multiply-add of convolutions, matrix products and attention, None
+    where shapes are open or there is no program; `file_bytes` of the whole package; `metadata`.
 
     Raises:
         PackageError: see `read_spec`.
@@ -90,7 +90,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "outputs": [_feature(feature) for feature in spec.description.output],
         "operations": dict(Counter(op.type for op in operations if op.type != "const").most_common()),
         "weights": _weights(path, spec, weights),
-        "flops": _flops(operations),
+        "flops": _flops(spec, operations) if program else None,
         "file_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "metadata": {
             "description": metadata.shortDescription,
@@ -122,7 +122,7 @@ def report(descriptions: Iterable[Mapping[str, Any]], console: Console | None = 
             f"{found['file_bytes'] / 1e6:.2f}",
             f"{count / 1e6:.2f}M {kinds[0].replace('float', 'fp')}" if kinds else "-",
             str(sum(found["operations"].values())),
-            f"{found['flops'] / 1e9:.3f}",
+            "-" if found["flops"] is None else f"{found['flops'] / 1e9:.3f}",
             f"{found['psnr']:.1f} dB" if "psnr" in found else "-",
         )
     console.print(figures)
@@ -211,8 +211,15 @@ def _shape(value_type: Any) -> list[int]:
     return [dimension.constant.size for dimension in value_type.tensorType.dimensions]
 
 
-def _flops(operations: list[Any]) -> int:
-    shapes = {output.name: _shape(output.type) for op in operations for output in op.outputs}
+def _flops(spec: Any, operations: list[Any]) -> int | None:
+    """FLOPs of one call, as `describe` counts them; None where a shape is open until the call."""
+    borders = [feature for function in spec.mlProgram.functions.values() for feature in function.inputs]
+    named = [*borders, *(output for op in operations for output in op.outputs)]
+    if any(
+        dimension.WhichOneof("dimension") == "unknown" for it in named for dimension in it.type.tensorType.dimensions
+    ):
+        return None
+    shapes = {it.name: _shape(it.type) for it in named}
     constants = {op.outputs[0].name: op.attributes["val"] for op in operations if op.type == "const"}
     total = 0
     for op in operations:

@@ -78,7 +78,8 @@ def plain(module: nn.Module) -> nn.Module:
     tensors = [*module.parameters(), *module.buffers()]
     if not module.training and all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.int64) for t in tensors):
         return module
-    return copy.deepcopy(module).to("cpu", torch.float32).eval()
+    # nn.Module's own `to`: that of diffusers' models warns of every change of dtype.
+    return nn.Module.to(copy.deepcopy(module), "cpu", torch.float32).eval()
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class ExportError(RuntimeError):
+class ExportError(ValueError):
     """A model that cannot be exported; the message says what and why."""
 
 
-class PackageError(ExportError, ValueError):
+class PackageError(ExportError):
     """A Core ML package that cannot be read: missing, truncated, foreign, or of a newer format."""
 
 
