@@ -10,6 +10,10 @@ from snapgen_kernels.testing import CASES, SPECS, Case, bench_cases, small_cases
 ALL = [case for op in SPECS for case in small_cases(op)]
 FIRST = [small_cases(op)[0] for op in SPECS]
 SINGLE = [case for case in ALL if case.dtype == torch.float32 and case.layout == "channels_last" and not case.offset]
+# A fast gradcheck that fails builds the whole Jacobian for its message: 300 GB for the largest of the small cases.
+DIFFERENTIATED = [
+    case for case in SINGLE if max(t.numel() for t in case.inputs().values() if isinstance(t, torch.Tensor)) <= 2500
+]
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
@@ -29,7 +33,7 @@ def test_outputs_and_gradients_of_the_registered_op(case: Case) -> None:
     checks.check_gradients(case, function=case.spec.registered, layout="strided")
 
 
-@pytest.mark.parametrize("case", SINGLE, ids=str)
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
 def test_derivatives_are_numerically_right(case: Case) -> None:
     checks.check_gradcheck(case)
     checks.check_gradgradcheck(case)

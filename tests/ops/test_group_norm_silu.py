@@ -10,7 +10,7 @@ from torch import Tensor
 import snapgen_kernels
 from snapgen_kernels import checks
 from snapgen_kernels._backend import extension
-from snapgen_kernels.group_norm_silu import GroupNormSiLU, group_norm_silu, reference
+from snapgen_kernels.group_norm_silu import GroupNormSiLU, _reference_with_statistics, group_norm_silu, reference
 from snapgen_kernels.testing import LAYOUTS, Case, small_cases
 
 
@@ -90,6 +90,20 @@ def test_large_mean_loses_no_accuracy(layout: str) -> None:
     mine = case.spec.registered(inputs)
     if "cpu" in case.spec.kernels():
         checks.assert_close("large mean", mine, plain, exact)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_statistics(layout: str) -> None:
+    """mean and rstd, of whichever kernel serves the op and of the default implementation."""
+    dims = {"B": 2, "C": 12, "H": 9, "W": 7, "G": 3}
+    case = Case("group_norm_silu", "statistics", dims, layout=layout, offset=2.0)
+    inputs = case.inputs()
+    groups = inputs["x"].double().reshape(2, 3, -1)
+    mean, rstd = groups.mean(-1), (groups.var(-1, correction=0) + inputs["eps"]).rsqrt()
+    registered = torch.ops.snapgen.group_norm_silu(*case.spec.arguments(inputs))
+    for found in (registered, _reference_with_statistics(*case.spec.arguments(inputs))):
+        torch.testing.assert_close(found[1].double(), mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[2].double(), rstd, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
