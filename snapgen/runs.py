@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,8 @@ def vocabulary(dataset: Any) -> list[str]:
     """The words for the tiny text encoder: the shapes world's, or those of the dataset's own captions."""
     if isinstance(dataset, ShapesDataset):
         return list(VOCABULARY)
-    if not hasattr(dataset, "captions"):
-        raise ValueError("data: a stream has no list of captions to build the tiny vocabulary from; give a folder")
-    words = {word for caption in dataset.captions() for word in caption.lower().split()}
-    return sorted(word.strip(".,;:!?\"'()") for word in words)
+    # The tiny tokenizer splits words and punctuation the same way.
+    return sorted({word for caption in dataset.captions() for word in re.findall(r"\w+|[^\w\s]+", caption.lower())})
 
 
 def _device() -> str:

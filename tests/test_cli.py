@@ -116,6 +116,25 @@ def test_train_from_the_command_line(capsys, tmp_path):
     assert Image.open(out).size == (64, 64)
 
 
+def test_train_on_a_folder_counts_what_it_skips(capsys, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, caption in enumerate(("A house, red.", "a boat", "the sea's edge")):
+        Image.new("RGB", (80, 70), (index * 80, 90, 120)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(caption)
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    (folder / "broken.txt").write_text("a broken picture")
+    options = ("--data", str(folder), "--steps", "2", "--batch-size", "4", "--warmup", "1")
+    code, text = run(capsys, "train-autoencoder", *options, "-o", str(tmp_path / "autoencoder"))
+    assert code == 0, text
+    latents = ("--autoencoder", str(tmp_path / "autoencoder" / "export"))
+    code, text = run(capsys, "train", *options, *latents, "-o", str(tmp_path / "run"))
+    assert code == 0, text
+    assert "3 pairs in use, 1 skipped" in text and "broken.png" in text
+    tokenizer = json.loads((tmp_path / "run" / "export" / "tokenizer" / "tokenizer.json").read_text())
+    assert {"house", ",", "red", ".", "sea", "'", "edge", "picture"} <= set(tokenizer["model"]["vocab"])
+
+
 def test_info_prints_counts_and_backends(capsys):
     code, text = run(capsys, "info")
     assert code == 0 and "t2i-1024" in text

@@ -179,6 +179,14 @@ class CaptionedImages:
         images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
         return images, [caption for _, caption, _ in pairs], [used for _, _, used in pairs]
 
+    def captions(self) -> Iterator[str]:
+        """Every caption that can be read; its image may still turn out broken."""
+        for index in range(len(self)):
+            try:
+                yield self._read(index)[1]
+            except _Unusable:
+                continue
+
     def report(self) -> str:
         """What was found and what was skipped so far, by reason, with a few names each."""
         lines = [f"{self.source}: {len(self) - len(self._unusable)} pairs in use, {self.skipped.total()} skipped"]
