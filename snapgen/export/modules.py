@@ -17,7 +17,7 @@ MASKED = -40000.0  # added to a score that is masked out: finite in fp16, where 
 
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), in two operations that the engine has."""
+    """x * sigmoid(x). Core ML's backend fuses the two into its own fp16 `silu`; Core AI would wrap F.silu in fp32."""
     return x * torch.sigmoid(x)
 
 
