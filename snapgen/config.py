@@ -31,8 +31,8 @@ class Preset:
     target_macs: float | None = None  # multiply-accumulates of one denoiser forward at `resolution`
 
 
-# Widths and depths are not published; several hit the published 1.38M / 224 GMACs. With one block at full resolution this
-# one decodes about 1.7x faster on a CPU than (224, 160, 128, 112) x (3, 3, 3, 2), e=2, which has more passes over it.
+# Widths and depths are not published; several hit the published 1.38M / 224 GMACs. With one block at full resolution
+# this one decodes faster on a CPU than (224, 160, 128, 112) x (3, 3, 3, 2), e=2, which has more passes over it.
 DECODER = dict(
     latent_channels=16,
     channels=(160, 160, 128, 128),
