@@ -1,0 +1,96 @@
+"""Which of the shared cases are timed, and what each costs in every mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from snapgen_kernels.testing import CASES, SPECS, Case
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MODES = ("fwd", "train")
+OPS = tuple(SPECS)
+
+# --quick: the stages of the model where one op alone is quick, and one shape of the rest.
+_QUICK = {
+    "group_norm_silu": ("256ch-128", "512ch-64", "896ch-32", "tiny-train"),
+    "sepconv": ("256ch-128",),
+    "resblock": ("256ch-128",),
+    "qk_norm_rope": ("self-14x64-1024",),
+    "attention": ("self-14x64-1024",),
+    "geglu": ("896-2688-1024",),
+    "decoder_block": ("160ch-128",),
+}
+
+# A GPU trains with batches; batch 1 is what it samples with.
+_GPU_BATCHES = {"group_norm_silu": (16,), "decoder_block": ()}
+_GPU_BATCH = (8,)
+
+# An attention backward has five products for the forward's two (the scores are computed again); a convolution or a
+# linear layer has two for one.
+_BACKWARD_FLOPS = {"attention": 2.5}
+
+
+def select(device: str, ops: tuple[str, ...], dtypes: tuple[str, ...], *, quick: bool, small: bool) -> list[Case]:
+    """The cases to run, in the order of the ops."""
+    chosen: list[Case] = []
+    for op in ops:
+        cases = [c for c in CASES[op] if c.bench != small and c.dtype == torch.float32 and c.layout == "channels_last"]
+        if quick and not small:
+            cases = [case for case in cases if case.name in _QUICK[op]]
+        elif device == "cuda" and not small:
+            for batch in _GPU_BATCHES.get(op, _GPU_BATCH):
+                single = [case for case in cases if case.dims["B"] == 1]
+                cases += [replace(c, name=f"{c.name}-b{batch}", dims={**c.dims, "B": batch}) for c in single]
+        chosen += [replace(case, dtype=DTYPES[dtype]) for case in cases for dtype in dtypes]
+    if quick:  # one case of each op before the second of any: a slow machine may not get to all of them
+        turn = {id(case): [c.op for c in chosen[:index]].count(case.op) for index, case in enumerate(chosen)}
+        chosen.sort(key=lambda case: turn[id(case)] // len(dtypes))
+    return chosen
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a mode needs at least: floating-point operations, and bytes to and from memory."""
+
+    flops: int
+    bytes: int
+
+
+def costs(case: Case) -> dict[str, Cost]:
+    """Costs of ``fwd``, ``bwd`` and ``fwd+bwd``.
+
+    The forward's come from the op's contract. The backward reads the inputs and the gradients of the outputs and writes
+    the gradients of the inputs, once each; its FLOPs are twice the forward's (attention: 2.5 times).
+    """
+    flops, moved = case.cost()
+    written = sum(value.numel() * value.element_size() for value in _leaves(case))
+    backward = Cost(int(flops * _BACKWARD_FLOPS.get(case.op, 2)), moved + written)
+    return {
+        "fwd": Cost(flops, moved),
+        "bwd": backward,
+        "fwd+bwd": Cost(flops + backward.flops, moved + backward.bytes),
+    }
+
+
+def _leaves(case: Case) -> list[Tensor]:
+    """The differentiable inputs, without their memory."""
+    values = case.spec.make(case, lambda *shape: torch.empty(shape, device="meta"))
+    tensors = [values.get(name) for name in case.spec.op.differentiable]
+    return [value.to(case.dtype) for value in tensors if isinstance(value, Tensor)]
+
+
+def to_check(case: Case, elements: int) -> Case:
+    """``case``, its pictures halved until no tensor has more than ``elements`` elements: fp64 copies have to fit."""
+    dims = dict(case.dims)
+    if "W" not in dims:  # tokens
+        return case
+    widest = max(dims.get(name, 0) for name in ("C", "M", "O"))
+    while dims["B"] * dims["H"] * dims["W"] * widest > elements and min(dims["H"], dims["W"]) > 1:
+        dims["H"], dims["W"] = dims["H"] // 2, dims["W"] // 2
+    while dims["B"] * dims["H"] * dims["W"] * widest > elements and dims["B"] > 1:
+        dims["B"] //= 2
+    return case if dims == dict(case.dims) else replace(case, dims=dims)

@@ -1,0 +1,54 @@
+"""Who is timed. One file per kind; a new one is a class with these members and a line in ``all_providers``."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from bench.timing import Prepared
+from snapgen_kernels.testing import Case
+
+
+class Provider(Protocol):
+    """A way to run a case.
+
+    Attributes:
+        name: as in ``--providers`` and in the rows.
+        version: of the runtime, for the rows.
+        in_torch: whether its memory comes from PyTorch's allocator, so that its peak can be told.
+    """
+
+    name: str
+    version: str
+    in_torch: bool
+
+    def absent(self, device: str) -> str | None:
+        """None if it can be used on this machine and device, else what is missing."""
+
+    def unfit(self, case: Case, device: str, train: bool) -> str | None:
+        """None if it can run this case, else why not."""
+
+    def prepare(self, case: Case, device: str, train: bool) -> Prepared:
+        """Inputs and callable; with ``train``, leaves that require gradients."""
+
+
+def all_providers() -> dict[str, Provider]:
+    """Every provider by name, in the order of the tables."""
+    from bench.providers.compiled import Compiled
+    from bench.providers.eager import Eager
+    from bench.providers.fused import Fused
+    from bench.providers.onnxruntime import OnnxRuntime
+    from bench.providers.openvino import OpenVino
+
+    everyone: list[Provider] = [
+        Fused(),
+        Eager("eager", "channels_last"),
+        Eager("eager-nchw", "contiguous"),
+        Compiled("compile", "default"),
+        Compiled("compile-max", "max-autotune-no-cudagraphs"),
+        OpenVino(),
+        OnnxRuntime(),
+    ]
+    return {provider.name: provider for provider in everyone}
+
+
+NAMES = ("fused", "eager", "eager-nchw", "compile", "compile-max", "openvino", "onnxruntime")

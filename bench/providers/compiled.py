@@ -1,0 +1,42 @@
+"""``torch.compile`` of the plain PyTorch code, channels_last."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from bench.providers.eager import leaves
+from bench.timing import Prepared
+from snapgen_kernels import _backend
+from snapgen_kernels.testing import Case
+
+
+class Compiled:
+    """``torch.compile(eager, mode=...)`` for static shapes, compiled anew for each case.
+
+    max-autotune runs without CUDA graphs: events time the device, and graphs would copy the inputs besides.
+    """
+
+    in_torch = True
+
+    def __init__(self, name: str, mode: str) -> None:
+        self.name, self.mode, self.version = name, mode, str(torch.__version__)
+
+    def absent(self, device: str) -> str | None:
+        if device == "cuda":
+            return _backend.triton_reason()
+        if self.mode != "default":
+            return "max-autotune is timed on CUDA only"
+        compiler = os.environ.get("CXX", "g++")
+        return None if shutil.which(compiler) else f"torch.compile needs a C++ compiler: {compiler} is not there"
+
+    def unfit(self, case: Case, device: str, train: bool) -> str | None:
+        return None
+
+    def prepare(self, case: Case, device: str, train: bool) -> Prepared:
+        inputs = case.inputs(device, requires_grad=train)
+        torch._dynamo.reset()
+        function = torch.compile(case.spec.eager, mode=self.mode, fullgraph=True, dynamic=False)
+        return Prepared(lambda: function(inputs), leaves(case, inputs))

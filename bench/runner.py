@@ -1,0 +1,170 @@
+"""Check, then time: one case after the other."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import numpy
+import torch
+
+from bench.cases import DTYPE_NAMES, costs, to_check
+from bench.limits import Limits
+from bench.machine import Provenance
+from bench.providers import Provider
+from bench.providers.fused import strictly
+from bench.results import Row
+from bench.timing import Clock, Step, inference_step, interleaved, peak_bytes, training_step
+from snapgen_kernels import FusedUnavailable, checks
+from snapgen_kernels.testing import Case
+
+# fp64 copies of a case and of its gradients have to fit into memory, and to be done in seconds.
+_CHECKED_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+
+
+class Red(Exception):
+    """A fused op is wrong on a case; nothing is timed any more."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. ``seconds`` are spent on each case and mode; no case starts after ``deadline`` seconds, nor
+    one whose forward alone takes PyTorch ``patience`` seconds: some processors have no fast product of some dtype."""
+
+    device: str
+    cases: list[Case]
+    modes: tuple[str, ...]
+    providers: list[Provider]
+    seconds: float
+    deadline: float | None = None
+    patience: float = math.inf
+
+
+@dataclass
+class Outcome:
+    """Rows measured so far, and what is missing: (case, provider, reason)."""
+
+    rows: list[Row] = field(default_factory=list)
+    missing: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def run(plan: Plan, limits: Limits, provenance: Provenance, report: Callable[[Case, list[Row]], None]) -> Outcome:
+    """Check and time every case, reporting each one's rows as soon as they are there.
+
+    Raises:
+        Red: a fused op misses the bound; the message names the case and the numbers.
+    """
+    outcome, clock, start = Outcome(), Clock(plan.device), time.perf_counter()
+    for case in plan.cases:
+        if plan.deadline is not None and time.perf_counter() - start > plan.deadline:
+            outcome.missing.append((str(case), "all", f"left out: {plan.deadline:g} s were over"))
+            continue
+        forward = costs(case)["fwd"].flops / limits.gemm[DTYPE_NAMES[case.dtype]]
+        if forward > plan.patience:
+            outcome.missing.append((str(case), "all", f"left out: one forward takes PyTorch {forward:.1f} s here"))
+            continue
+        checked = _checked(case, plan)
+        rows: list[Row] = []
+        for mode in plan.modes:
+            rows += _time(case, mode, plan, clock, limits, provenance, checked, outcome)
+        outcome.rows += rows
+        report(case, rows)
+    return outcome
+
+
+def _checked(case: Case, plan: Plan) -> str:
+    if not any(p.name == "fused" and p.unfit(case, plan.device, False) is None for p in plan.providers):
+        return "no kernel"
+    try:
+        return check(case, plan)
+    except FusedUnavailable:  # this op has a kernel, but not for this dtype; the reason is shown when it is timed
+        return "no kernel"
+
+
+def check(case: Case, plan: Plan) -> str:
+    """Compare the fused op with fp64: outputs, and all gradients where training is timed.
+
+    Returns what was compared: ``same shape``, or the size of the smaller pictures.
+
+    Raises:
+        Red: it misses the bound.
+        FusedUnavailable: no kernel takes this case.
+    """
+    smaller = to_check(case, _CHECKED_ELEMENTS[plan.device])
+    try:
+        checks.check_values(smaller, plan.device, lambda inputs: strictly(smaller, inputs))
+        if "train" in plan.modes:
+            checks.check_gradients(smaller, plan.device, lambda inputs: strictly(smaller, inputs))
+    except AssertionError as error:
+        raise Red(f"{case}: {error}") from error
+    return "same shape" if smaller is case else "at " + "x".join(str(smaller.dims[n]) for n in ("B", "H", "W"))
+
+
+def _time(
+    case: Case,
+    mode: str,
+    plan: Plan,
+    clock: Clock,
+    limits: Limits,
+    provenance: Provenance,
+    checked: str,
+    outcome: Outcome,
+) -> list[Row]:
+    train = mode == "train"
+    steps: dict[str, Step] = {}
+    peaks: dict[str, int] = {}
+    with torch.inference_mode(not train):
+        for provider in plan.providers:
+            reason = provider.unfit(case, plan.device, train)
+            if reason is None:
+                try:
+                    prepared = provider.prepare(case, plan.device, train)
+                    prepared.call()  # compilers compile now
+                    step = training_step(prepared) if train else inference_step(prepared)
+                    clock(step)
+                    peaks[provider.name] = peak_bytes(step, plan.device) if provider.in_torch else -1
+                    steps[provider.name] = step
+                except FusedUnavailable as error:
+                    reason = str(error)
+                except torch.OutOfMemoryError as error:
+                    reason = f"out of memory: {str(error).splitlines()[0]}"
+            if reason is not None:
+                outcome.missing.append((f"{case} {mode}", provider.name, reason))
+        samples = interleaved(steps, clock, plan.seconds) if steps else {}
+    cost, rows = costs(case), []
+    versions = {provider.name: provider.version for provider in plan.providers}
+    for row_mode, pick in _PARTS[mode].items():
+        for name, times in samples.items():
+            p20, p50, p80 = numpy.quantile([pick(parts) for parts in times], (0.2, 0.5, 0.8)).tolist()
+            rows.append(
+                Row(
+                    op=case.op,
+                    case=case.name,
+                    dtype=DTYPE_NAMES[case.dtype],
+                    mode=row_mode,
+                    provider=name,
+                    p20_ms=p20,
+                    p50_ms=p50,
+                    p80_ms=p80,
+                    repeats=len(times),
+                    flops=cost[row_mode].flops,
+                    bytes=cost[row_mode].bytes,
+                    floor_ms=limits.floor_ms(cost[row_mode], case.dtype),
+                    gemm_gflops=limits.product_rate(case.dtype) / 1e9,
+                    copy_gbs=limits.copy_rate(cost[row_mode].bytes) / 1e9,
+                    # A peak belongs to the whole step, not to its second half.
+                    peak_bytes=-1 if row_mode == "bwd" else peaks[name],
+                    checked=checked,
+                    provider_version=versions[name],
+                    **asdict(provenance),
+                )
+            )
+    return rows
+
+
+_PARTS: dict[str, dict[str, Callable[[list[float]], float]]] = {
+    "fwd": {"fwd": sum},
+    "train": {"bwd": lambda parts: parts[1], "fwd+bwd": sum},
+}

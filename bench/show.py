@@ -1,0 +1,111 @@
+"""What the benchmark prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench.cases import DTYPE_NAMES, costs
+from bench.limits import Limits
+from bench.machine import Provenance
+from bench.results import Row, compare
+from bench.runner import Plan
+from snapgen_kernels.testing import Case
+
+
+def machine(console: Console, provenance: Provenance) -> None:
+    p = provenance
+    console.print(
+        f"[bold]{p.device}[/] ({p.variant}), {p.threads} threads, malloc {p.malloc}; torch {p.torch}, "
+        f"python {p.python}, commit {p.commit}",
+        soft_wrap=True,
+    )
+
+
+def limits(console: Console, found: Limits) -> None:
+    gemm = ", ".join(f"{name} {si(rate)}FLOP/s" for name, rate in found.gemm.items())
+    copy = ", ".join(f"{si(rate)}B/s at {size >> 20} MiB" for size, rate in found.copy)
+    how = "measured" if found.measured else "assumed"
+    console.print(f"{how} limits: products {gemm}; copies {copy}", soft_wrap=True)
+
+
+def plan(console: Console, chosen: Plan, rates: Limits) -> None:
+    """Every case with its FLOPs, fewest bytes and floor in each mode, and who would be timed."""
+    table = Table(title="Plan")
+    for heading in ("op", "case", "dtype", "mode", "FLOPs", "bytes", "FLOP/byte", "floor ms", "providers"):
+        table.add_column(heading, justify="right" if heading in _RIGHT else "left")
+    for case in chosen.cases:
+        for mode, cost in costs(case).items():
+            train = mode != "fwd"
+            if ("train" if train else "fwd") not in chosen.modes:
+                continue
+            who = [p.name for p in chosen.providers if p.unfit(case, chosen.device, train) is None]
+            table.add_row(
+                case.op,
+                case.name,
+                DTYPE_NAMES[case.dtype],
+                mode,
+                si(cost.flops),
+                si(cost.bytes),
+                f"{cost.flops / cost.bytes:.1f}",
+                _ms(rates.floor_ms(cost, case.dtype)),
+                " ".join(who),
+            )
+    console.print(table)
+
+
+def rows(console: Console, case: Case, measured: Sequence[Row]) -> None:
+    """The providers of one case side by side, in each mode. ``gain``: the time of the best peer (the fastest but fused)
+    over its own; ``floor``: share of the time that the machine's limits allow."""
+    title = f"{case.op} {case.name} {DTYPE_NAMES[case.dtype]}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("mode", "provider", "ms", "p20 .. p80", "gain", "floor", "GFLOP/s", "GB/s", "peak"):
+        left = heading in ("mode", "provider")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for group in compare(measured):
+        peer = group.best_peer
+        for row in sorted(group.rows, key=lambda r: r.p50_ms):
+            style = "bold green" if row.provider == "fused" else ""
+            ratio = "" if peer is None else f"{peer.p50_ms / row.p50_ms:.2f}x"
+            table.add_row(
+                row.mode,
+                row.provider,
+                _ms(row.p50_ms),
+                f"{_ms(row.p20_ms)} .. {_ms(row.p80_ms)}",
+                ratio,
+                f"{row.floor_ms / row.p50_ms:.0%}",
+                f"{row.flops / row.p50_ms / 1e6:.1f}",
+                f"{row.bytes / row.p50_ms / 1e6:.1f}",
+                "" if row.peak_bytes < 0 else f"{si(row.peak_bytes)}B",
+                style=style,
+            )
+        table.add_section()
+    console.print(table)
+
+
+def missing(console: Console, found: Sequence[tuple[str, str, str]]) -> None:
+    """Who was not timed and why: once for each reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for where, provider, reason in found:
+        reasons.setdefault((provider, reason), []).append(where)
+    for (provider, reason), places in reasons.items():
+        first = ", ".join(places[:2]) + (f" and {len(places) - 2} more" if len(places) > 2 else "")
+        console.print(f"[yellow]not timed:[/] {provider}: {reason} [dim]({first})[/]", soft_wrap=True)
+
+
+def si(value: float) -> str:
+    """A number with a decimal prefix: 8.8 G."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{value:.3g} "
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+_RIGHT = ("FLOPs", "bytes", "FLOP/byte", "floor ms")

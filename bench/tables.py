@@ -1,0 +1,135 @@
+"""The README's tables from measured rows: ``python -m bench.tables README.md`` rewrites what stands between the lines
+``<!-- bench:begin -->`` and ``<!-- bench:end -->``; ``--check`` only says whether it is up to date.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from bench.machine import RESULTS
+from bench.providers import NAMES
+from bench.results import Comparison, Row, compare, read
+from snapgen.io import write_text
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+_EMPTY = "No rows are recorded yet: `python -m bench` measures this machine and appends them to `bench/results/`."
+_LEGEND = (
+    "Medians in milliseconds, providers in turns within one run. *Gain*: the best peer's time over ours. *Floor*: the "
+    "share of the time that the machine's own matrix products and memory copies, measured in the same run, allow. "
+    "*bwd* is the backward pass alone."
+)
+
+
+class MarkerError(ValueError):
+    """The file lacks the two marker lines, or has them in the wrong order."""
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Markdown: for every device, thread count and malloc a table with a line for each op, case, dtype and mode."""
+    groups = compare(rows)
+    if not groups:
+        return _EMPTY
+    machines: dict[tuple[str, int, str], list[Comparison]] = {}
+    for group in groups:
+        first = group.first
+        machines.setdefault((first.device, first.threads, first.malloc), []).append(group)
+    return "\n\n".join([_LEGEND, *(_machine(members) for members in machines.values())])
+
+
+def _machine(groups: Sequence[Comparison]) -> str:
+    row = max((group.first for group in groups), key=lambda row: row.date)
+    commits = ", ".join(dict.fromkeys(group.first.commit for group in groups))
+    about = (
+        f"**{row.device}** ({row.variant}), {row.threads} threads, malloc {row.malloc}; torch {row.torch}, "
+        f"commit {commits}, {row.date[:10]}; matrix products "
+        + ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in _rates(groups).items())
+        + " GFLOP/s"
+    )
+    present = {row.provider for group in groups for row in group.rows}
+    providers = [name for name in NAMES if name in present]
+    headings = ["op", "case", "dtype", "mode", *providers, "gain", "floor"]
+    lines = [about, "", _line(headings), "|---|---|---|---|" + "---:|" * (len(providers) + 2)]
+    for group in groups:
+        if group.first.mode == "fwd+bwd":  # the sum of the other two, in the CSV file
+            continue
+        first, fused, gain = group.first, group.fused, group.speedup
+        cells = [f"`{first.op}`", first.case, first.dtype, first.mode]
+        fastest = min(group.rows, key=lambda r: r.p50_ms).provider
+        for name in providers:
+            found = group.of(name)
+            text = "" if found is None else _ms(found.p50_ms)
+            cells.append(f"**{text}**" if name == fastest else text)
+        cells.append("" if gain is None else f"{gain:.2f}x")
+        cells.append("" if fused is None else f"{fused.floor_ms / fused.p50_ms:.0%}")
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _rates(groups: Sequence[Comparison]) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    for group in groups:
+        rates[group.first.dtype] = max(rates.get(group.first.dtype, 0.0), group.first.gemm_gflops)
+    return rates
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+def insert(text: str, generated: str, where: str) -> str:
+    """``text`` with what stands between the markers replaced.
+
+    Raises:
+        MarkerError: the markers are not there once each, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise MarkerError(f"{where}: needs the line {BEGIN} and, after it, the line {END}, once each")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{generated}\n{END}{rest.split(END)[1]}"
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Write the tables of bench/results between the marker lines of a Markdown file."""
+
+    file: Positional[Path] = Path("README.md")
+    """The file with the marker lines."""
+    check: bool = False
+    """Change nothing; exit code 1 where the file is not up to date."""
+    results: Path = RESULTS
+    """Folder of the CSV files."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done or up to date, 1 not up to date, 2 the file or its markers are missing."""
+    options = tyro.cli(_Options, args=arguments, prog="python -m bench.tables")
+    rows = [row for path in sorted(options.results.glob("*.csv")) for row in read(path)]
+    try:
+        old = options.file.read_text(encoding="utf-8")
+        new = insert(old, tables(rows), str(options.file))
+    except (MarkerError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if new == old:
+        print(f"{options.file}: up to date")
+        return 0
+    if options.check:
+        print(f"{options.file}: not up to date; run `python -m bench.tables {options.file}`", file=sys.stderr)
+        return 1
+    write_text(options.file, new)
+    print(f"{options.file}: rewritten from {len(rows)} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

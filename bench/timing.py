@@ -1,0 +1,134 @@
+"""Interleaved timing of several providers on one case."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snapgen_kernels.checks import outputs_of, upstream_of
+
+_FEWEST = 5  # rounds, however slow the case
+_MOST = 500
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A provider ready to run one case: ``call`` gives the outputs, ``leaves`` are what gradients are asked of."""
+
+    call: Callable[[], object]
+    leaves: tuple[Tensor, ...] = ()
+
+
+# A step is what one repetition does: the parts are timed one by one.
+Step = Sequence[Callable[[], None]]
+
+
+def inference_step(prepared: Prepared) -> Step:
+    """One forward without gradients."""
+
+    def forward() -> None:
+        prepared.call()  # the output is freed here, inside the measurement, for all alike
+
+    return [forward]
+
+
+def training_step(prepared: Prepared) -> Step:
+    """A forward that keeps what backward needs, then the gradients of all leaves; a fresh graph each time."""
+    upstream = upstream_of(outputs_of(prepared.call()))
+    kept: list[tuple[Tensor, ...]] = []
+
+    def forward() -> None:
+        kept[:] = [outputs_of(prepared.call())]
+
+    def backward() -> None:
+        torch.autograd.grad(kept.pop(), prepared.leaves, upstream)
+
+    return [forward, backward]
+
+
+class Clock:
+    """Times the parts of a step, in ms. On CUDA by events, each part after the caches were overwritten."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        # Four times the L2 cache of the largest GPUs of today.
+        self._flush = torch.empty(1 << 28, dtype=torch.int8, device=device) if self.cuda else None
+
+    def __call__(self, step: Step) -> list[float]:
+        if self._flush is None:
+            marks = [time.perf_counter()]
+            for part in step:
+                part()
+                marks.append(time.perf_counter())
+            return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+        spans = []
+        for part in step:
+            self._flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            part()
+            end.record()
+            spans.append((start, end))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in spans]
+
+
+def interleaved(steps: Mapping[str, Step], clock: Clock, seconds: float) -> dict[str, list[list[float]]]:
+    """Run all steps in turns for about ``seconds``, at least five rounds, and return each one's times in ms.
+
+    The order rotates, so that no provider always follows the same one.
+    """
+    names = list(steps)
+    for name in names:  # warm-up: caches, thread pools, oneDNN's primitives
+        until = time.perf_counter() + 0.05 * seconds
+        clock(steps[name])
+        while time.perf_counter() < until:
+            clock(steps[name])
+    found: dict[str, list[list[float]]] = {name: [] for name in names}
+    with _no_gc():
+        end = time.perf_counter() + seconds
+        for round_ in range(_MOST):
+            if round_ >= _FEWEST and time.perf_counter() > end:
+                break
+            for offset in range(len(names)):
+                name = names[(round_ + offset) % len(names)]
+                found[name].append(clock(steps[name]))
+    return found
+
+
+def peak_bytes(step: Step, device: str) -> int:
+    """The most memory held at once beyond what was held before, outputs included, through PyTorch's allocator."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for part in step:
+            part()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for part in step:
+            part()
+    assert profile.profiler is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@contextmanager
+def _no_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
