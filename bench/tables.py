@@ -1,11 +1,13 @@
-"""The README's tables from measured rows: ``python -m bench.tables README.md`` rewrites what stands between the lines
-``<!-- bench:begin -->`` and ``<!-- bench:end -->``; ``--check`` only says whether it is up to date.
+"""The README's tables from what was measured: ``python -m bench.tables README.md`` rewrites what stands between the
+lines ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` (rows of bench/results) and ``<!-- scores:begin -->`` and
+``<!-- scores:end -->`` (the shipped checkpoint's scores); ``--check`` only says whether they are up to date.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +17,13 @@ from tyro.conf import Positional
 from bench.machine import RESULTS
 from bench.providers import NAMES
 from bench.results import Comparison, Row, compare, read
+from snapgen.config import SHIPPED
+from snapgen.data.shapes import SKILLS
 from snapgen.io import write_text
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+SCORES_BEGIN, SCORES_END = "<!-- scores:begin -->", "<!-- scores:end -->"
+SCORES = SHIPPED / "tiny" / "scores.json"  # written by `snapgen eval tiny --untrained -o`
 _EMPTY = "No rows are recorded yet: `python -m bench` measures this machine and appends them to `bench/results/`."
 _LEGEND = (
     "Medians in milliseconds, providers in turns within one run. *Gain*: the best peer's time over ours. *Floor*: the "
@@ -86,16 +92,24 @@ def _ms(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
-def insert(text: str, generated: str, where: str) -> str:
+def score_table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: a line for each number of steps, trained and not."""
+    columns = (*SKILLS, "overall")
+    lines = [_line(["", *(skill.replace("_", " ") for skill in columns)]), "|---|" + "---:|" * len(columns)]
+    lines += [_line([name, *(f"{row[skill]:.2f}" for skill in columns)]) for name, row in scores.items()]
+    return "\n".join(lines)
+
+
+def insert(text: str, generated: str, where: str, begin: str = BEGIN, end: str = END) -> str:
     """``text`` with what stands between the markers replaced.
 
     Raises:
         MarkerError: the markers are not there once each, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise MarkerError(f"{where}: needs the line {BEGIN} and, after it, the line {END}, once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{generated}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise MarkerError(f"{where}: needs the line {begin} and, after it, the line {end}, once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{generated}\n{end}{rest.split(end)[1]}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         old = options.file.read_text(encoding="utf-8")
         new = insert(old, tables(rows), str(options.file))
+        if SCORES_BEGIN in old:
+            scores = json.loads(SCORES.read_text(encoding="utf-8"))
+            new = insert(new, score_table(scores), str(options.file), SCORES_BEGIN, SCORES_END)
     except (MarkerError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

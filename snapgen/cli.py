@@ -140,6 +140,7 @@ def evaluate(
     guidance: float = 4.0,
     per_skill: int = 50,
     seed: int = 0,
+    untrained: bool = False,
     out: Annotated[Path | None, arg(aliases=["-o"])] = None,
 ) -> None:
     """Score a checkpoint on captions of the shapes world that training never showed.
@@ -150,16 +151,20 @@ def evaluate(
         guidance: Classifier-free guidance scale.
         per_skill: Captions for each of the six skills.
         seed: Decides captions and noise.
+        untrained: Also score the same model with fresh weights.
         out: Also write the scores here as JSON.
     """
+    from snapgen import evaluate as evaluation
     from snapgen import io
     from snapgen.evaluate import print_scores, score_shapes
 
     pipe = _load(checkpoint)
+    contenders = {"": pipe, **({"untrained, ": evaluation.untrained(pipe, seed)} if untrained else {})}
     scores = {
-        f"{count} steps": score_shapes(
-            pipe, steps=count, guidance=guidance, per_skill=per_skill, seed=seed, console=console
+        f"{who}{count} steps": score_shapes(
+            contender, steps=count, guidance=guidance, per_skill=per_skill, seed=seed, console=console
         )
+        for who, contender in contenders.items()
         for count in steps
     }
     print_scores(scores, console)

@@ -12,7 +12,10 @@ ARCHITECTURE.md.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+SHIPPED = Path(__file__).parent / "checkpoints"  # a folder for each preset that ships with weights
 
 
 @dataclass(frozen=True, kw_only=True)

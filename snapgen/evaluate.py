@@ -73,6 +73,20 @@ def score_shapes(
     return score(pictures, captions, skills)
 
 
+def untrained(pipe: SnapGenPipeline, seed: int) -> SnapGenPipeline:
+    """The pipeline with fresh weights in its denoiser and text encoder, as training found them; the rest is shared."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        denoiser = type(pipe.denoiser).from_config(pipe.denoiser.config)
+        text_encoder = type(pipe.text_encoder)(pipe.text_encoder.config)
+    fresh = {
+        name: module.eval().to(device=pipe.device).to(memory_format=torch.channels_last)
+        for name, module in (("denoiser", denoiser), ("text_encoder", text_encoder))
+    }
+    settings = dict(joint_text=pipe.config.joint_text, max_tokens=pipe.config.max_tokens)
+    return SnapGenPipeline(**{**pipe.components, **fresh}, **settings)
+
+
 def print_scores(scores: Mapping[str, Scores], console: Console) -> None:
     """A table with one row for each named set of scores."""
     table = Table(title="Share right, unseen captions of the shapes world")

@@ -15,11 +15,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from snapgen import io
+from snapgen.config import SHIPPED
 from snapgen.pictures import to_pictures
 from snapgen.sampler import sample
 from snapgen.text import TextEmbedding, encode_clip, encode_gemma, encode_tiny, join
-
-SHIPPED = Path(__file__).parent / "checkpoints"
 
 
 class PromptWarning(UserWarning):

@@ -11,10 +11,9 @@ from rich.console import Console
 from torch import nn
 
 from snapgen import io
-from snapgen.config import Preset, get_preset
+from snapgen.config import SHIPPED, Preset, get_preset
 from snapgen.data.loader import open_dataset
 from snapgen.data.shapes import VOCABULARY, ShapesDataset, eval_captions
-from snapgen.pipeline import SHIPPED
 from snapgen.tasks import AutoencoderTask, DenoiserTask, build_autoencoder, build_denoiser
 from snapgen.train import TrainConfig, train
 

@@ -101,10 +101,10 @@ def draw_pictures(state: Run) -> Section:
 
 def score(state: Run) -> Section:
     """Unseen captions of each skill, beside the same model before training."""
-    from snapgen.evaluate import score_shapes
+    from snapgen.evaluate import score_shapes, untrained
 
     scores = {}
-    for who, pipe in (("", state.pipe), ("untrained, ", untrained(state.pipe))):
+    for who, pipe in (("", state.pipe), ("untrained, ", untrained(state.pipe, SEED))):
         for steps in (MANY, FEW):
             name = f"{who}{steps} steps"
             state.say(f"{len(SKILLS) * state.per_skill} captions, {name}")
@@ -316,19 +316,6 @@ def export_packages(state: Run) -> Section:
 
 
 # --- what the sections use --------------------------------------------------------------------------------------------
-
-
-def untrained(pipe: SnapGenPipeline) -> SnapGenPipeline:
-    """The pipeline with fresh weights in its denoiser and text encoder, as training found them; the rest is shared."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        denoiser = type(pipe.denoiser).from_config(pipe.denoiser.config)
-        text_encoder = type(pipe.text_encoder)(pipe.text_encoder.config)
-    fresh = dict(denoiser=denoiser, text_encoder=text_encoder)
-    for name, module in fresh.items():
-        fresh[name] = module.eval().to(device=pipe.device).to(memory_format=torch.channels_last)
-    settings = dict(joint_text=pipe.config.joint_text, max_tokens=pipe.config.max_tokens)
-    return SnapGenPipeline(**{**pipe.components, **fresh}, **settings)
 
 
 def denoising_path(pipe: SnapGenPipeline, prompt: str, steps: int = MANY) -> tuple[list[float], Tensor, Tensor]:
