@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from bench.results import Row
-from snapgen import sections
+from snapgen import evaluate, sections
 from snapgen.data.shapes import MIXES, SKILLS, captions, parse
 from snapgen.demo import run
 from snapgen.evaluate import score_shapes
@@ -90,7 +90,7 @@ def test_denoising_path_ends_where_sampling_does(state: sections.Run) -> None:
 
 def test_untrained_has_fresh_weights_and_leaves_the_rest_alone(state: sections.Run) -> None:
     before, random = {k: v.clone() for k, v in state.pipe.denoiser.state_dict().items()}, torch.get_rng_state()
-    fresh, again = sections.untrained(state.pipe), sections.untrained(state.pipe)
+    fresh, again = evaluate.untrained(state.pipe, 1), evaluate.untrained(state.pipe, 1)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(before[k], v) for k, v in state.pipe.denoiser.state_dict().items())
     assert fresh.decoder is state.pipe.decoder and fresh.denoiser is not state.pipe.denoiser
