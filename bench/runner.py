@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 
 import numpy
 import torch
+from torch import Tensor
 
 from bench.cases import DTYPE_NAMES, costs, to_check
 from bench.limits import Limits
 from bench.machine import Provenance
-from bench.providers import Provider
+from bench.providers import Provider, Unusable
 from bench.providers.fused import strictly
 from bench.results import Row
 from bench.timing import Clock, Step, inference_step, interleaved, peak_bytes, training_step
@@ -121,12 +122,14 @@ def _time(
             if reason is None:
                 try:
                     prepared = provider.prepare(case, plan.device, train)
-                    prepared.call()  # compilers compile now
+                    found = prepared.outputs(prepared.call())  # compilers compile now
+                    if not train and provider.name != "fused":
+                        _same_as_eager(case, plan.device, found)
                     step = training_step(prepared) if train else inference_step(prepared)
                     clock(step)
                     peaks[provider.name] = peak_bytes(step, plan.device) if provider.in_torch else -1
                     steps[provider.name] = step
-                except FusedUnavailable as error:
+                except (FusedUnavailable, Unusable) as error:
                     reason = str(error)
                 except torch.OutOfMemoryError as error:
                     reason = f"out of memory: {str(error).splitlines()[0]}"
@@ -162,6 +165,19 @@ def _time(
                 )
             )
     return rows
+
+
+def _same_as_eager(case: Case, device: str, found: tuple[Tensor, ...]) -> None:
+    """A peer that computes something else is no yardstick: half the digits of the dtype have to be right.
+
+    Raises:
+        Unusable: they are not.
+    """
+    for mine, eager in zip(found, checks.outputs_of(case.spec.eager(case.inputs(device))), strict=True):
+        right = eager.double()
+        error = ((mine.to(device).double() - right).norm() / right.norm().clamp_min(1e-30)).item()
+        if not error <= torch.finfo(case.dtype).eps ** 0.5:
+            raise Unusable(f"its outputs are not eager's: relative error {error:.2g}")
 
 
 _PARTS: dict[str, dict[str, Callable[[list[float]], float]]] = {

@@ -103,7 +103,7 @@ def make_plan(options: Options, console: Console) -> Plan:
         providers=_providers(options, console),
         seconds=seconds,
         deadline=_QUICK_DEADLINE if options.quick else None,
-        patience=0.5 if options.quick else 20.0,
+        patience=0.5 if options.quick else 3.0,
     )
 
 

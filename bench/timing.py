@@ -19,10 +19,16 @@ _MOST = 500
 
 @dataclass(frozen=True)
 class Prepared:
-    """A provider ready to run one case: ``call`` gives the outputs, ``leaves`` are what gradients are asked of."""
+    """A provider ready to run one case.
+
+    Attributes:
+        call: what is timed. leaves: what gradients are asked of.
+        outputs: turns what ``call`` gave into tensors, for runtimes that have arrays of their own.
+    """
 
     call: Callable[[], object]
     leaves: tuple[Tensor, ...] = ()
+    outputs: Callable[[object], tuple[Tensor, ...]] = outputs_of
 
 
 # A step is what one repetition does: the parts are timed one by one.

@@ -468,3 +468,19 @@ def test_the_file_is_named_after_the_machine(monkeypatch: pytest.MonkeyPatch) ->
     name = machine.results_file("cpu").name
     assert name.startswith("amd-epyc-tm-9b14-") and name.endswith(".csv")
     assert set(name.removesuffix(".csv")) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.providers.eager import Eager
+
+    prepare = Eager.prepare
+
+    def wrong(self: Eager, case: Case, device: str, train: bool) -> Prepared:
+        right = prepare(self, case, device, train)
+        return right if self.name == "eager" else Prepared(lambda: 1.1 * right.call(), right.leaves)  # type: ignore[operator]
+
+    monkeypatch.setattr(Eager, "prepare", wrong)
+    code, text = run(*TINY, "--dtype", "fp32", "--providers", "eager,eager-nchw", "--mode", "fwd")
+    assert code == 0, text
+    assert "not timed: eager-nchw: its outputs are not eager's: relative error 0.1" in text
+    assert "1 rows" in text

@@ -8,6 +8,10 @@ from bench.timing import Prepared
 from snapgen_kernels.testing import Case
 
 
+class Unusable(RuntimeError):
+    """A runtime cannot take a case, which shows only when it tries; the message says why."""
+
+
 class Provider(Protocol):
     """A way to run a case.
 
@@ -28,7 +32,11 @@ class Provider(Protocol):
         """None if it can run this case, else why not."""
 
     def prepare(self, case: Case, device: str, train: bool) -> Prepared:
-        """Inputs and callable; with ``train``, leaves that require gradients."""
+        """Inputs and callable; with ``train``, leaves that require gradients.
+
+        Raises:
+            Unusable: the runtime cannot take this case after all.
+        """
 
 
 def all_providers() -> dict[str, Provider]:

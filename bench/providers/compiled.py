@@ -7,6 +7,7 @@ import shutil
 
 import torch
 
+from bench.providers import Unusable
 from bench.providers.eager import leaves
 from bench.timing import Prepared
 from snapgen_kernels import _backend
@@ -39,4 +40,8 @@ class Compiled:
         inputs = case.inputs(device, requires_grad=train)
         torch._dynamo.reset()
         function = torch.compile(case.spec.eager, mode=self.mode, fullgraph=True, dynamic=False)
+        try:
+            function(inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise Unusable(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
         return Prepared(lambda: function(inputs), leaves(case, inputs))

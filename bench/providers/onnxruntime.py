@@ -6,15 +6,24 @@ import importlib.util
 import tempfile
 import warnings
 from importlib import metadata
+from typing import Any
 
 import torch
 
+from bench.providers import Unusable
 from bench.providers.exported import exported
 from bench.timing import Prepared
 from snapgen_kernels.checks import outputs_of
 from snapgen_kernels.testing import Case
 
 _OPSET = 18  # the last one whose exporter in PyTorch needs no package besides onnx
+
+
+def _rms_norm(graph: Any, x: Any, shape: Any, weight: Any, eps: Any) -> Any:
+    """RMSNorm over the last axis, which ONNX has as one operator only from a later opset on."""
+    axis = graph.op("Constant", value_t=torch.tensor([-1]))
+    mean = graph.op("ReduceMean", graph.op("Mul", x, x), axis, keepdims_i=1)
+    return graph.op("Mul", graph.op("Div", x, graph.op("Sqrt", graph.op("Add", mean, eps))), weight)
 
 
 class OnnxRuntime:
@@ -49,7 +58,11 @@ class OnnxRuntime:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the TorchScript exporter announces its successor, which needs onnxscript
             file = f"{folder}/case.onnx"
-            torch.onnx.export(module, feeds, file, dynamo=False, opset_version=_OPSET, input_names=names)
+            torch.onnx.register_custom_op_symbolic("aten::rms_norm", _rms_norm, _OPSET)
+            try:
+                torch.onnx.export(module, feeds, file, dynamo=False, opset_version=_OPSET, input_names=names)
+            except torch.onnx.OnnxExporterError as error:
+                raise Unusable(f"export to ONNX failed: {str(error).strip().splitlines()[0]}") from error
             results = outputs_of(module(*feeds))
             session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         binding = session.io_binding()
@@ -57,4 +70,13 @@ class OnnxRuntime:
             binding.bind_cpu_input(name, value.numpy())
         for output in session.get_outputs()[: len(results)]:
             binding.bind_output(output.name)
-        return Prepared(lambda: session.run_with_iobinding(binding))
+
+        def call() -> Any:
+            session.run_with_iobinding(binding)
+            return feeds and binding.get_outputs()  # the session reads the feeds' memory and does not keep it alive
+
+        return Prepared(call, outputs=_tensors)
+
+
+def _tensors(found: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.from_numpy(value.numpy()) for value in found)

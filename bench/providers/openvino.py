@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -48,4 +49,12 @@ class OpenVino:
         request = openvino.compile_model(model, "CPU", settings).create_infer_request()
         for index, value in enumerate(feeds):
             request.set_input_tensor(index, openvino.Tensor(value.numpy(), shared_memory=True))
-        return Prepared(request.infer)
+
+        def call() -> Any:
+            return feeds and request.infer()  # the request reads the feeds' memory and does not keep it alive
+
+        return Prepared(call, outputs=_tensors)
+
+
+def _tensors(found: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.from_numpy(value) for value in found.values())
