@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from snapgen.train import TrainConfig
 
 console = Console()
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def generate(
@@ -47,6 +48,13 @@ def generate(
     from snapgen import io
     from snapgen.pictures import save_grid
 
+    # Before any drawing, which a mistake here would throw away.
+    if out.suffix.lower() not in PICTURES:
+        raise ValueError(f"out: got {out}; a picture's name ends in {', '.join(PICTURES)}")
+    if out.is_dir():
+        raise ValueError(f"out: {out} is a folder; name a picture file")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: got {seed}; must fit into 64 bits")
     pipe = _load(checkpoint)
     pictures = pipe(
         list(prompt),

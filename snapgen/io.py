@@ -53,6 +53,8 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
+                # safetensors makes files for the owner alone.
+                file.chmod(0o666 & ~_umask())
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
             # Two renames: a kill between them leaves the old one under its hidden name, and both whole.
@@ -115,6 +117,12 @@ def check_tensors(path: str | Path) -> None:
             pass
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def tensor_names(path: str | Path) -> list[str]:
+    """The names of the tensors in a safetensors file, without reading the weights."""
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def halve(folder: str | Path) -> None:

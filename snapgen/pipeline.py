@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -93,7 +94,8 @@ class SnapGenPipeline(DiffusionPipeline):
         """Load from a folder, from a name of the hub cache, or a shipped checkpoint by its preset's name ("tiny").
 
         Raises:
-            io.CheckpointError: a weight file is truncated or a pickle, or the folder holds no pipeline.
+            io.CheckpointError: a weight file is truncated, a pickle or of another model, or the folder holds no
+                pipeline.
         """
         folder = SHIPPED / path if isinstance(path, str) and (SHIPPED / path).is_dir() else Path(path)
         if folder.is_dir():
@@ -107,7 +109,13 @@ class SnapGenPipeline(DiffusionPipeline):
         # diffusers builds our components by module name, but only from modules that are imported already.
         importlib.import_module("snapgen.unet")
         importlib.import_module("snapgen.decoder")
-        return super().from_pretrained(str(folder) if folder.is_dir() else path, **options)
+        pipe = super().from_pretrained(str(folder) if folder.is_dir() else path, **options)
+        if folder.is_dir():
+            own = ("denoiser", "decoder", "encoder", *(("text_encoder",) if pipe.config.joint_text else ()))
+            for name in own:
+                if name not in options and getattr(pipe, name) is not None:
+                    _check_complete(getattr(pipe, name), folder / name)
+        return pipe
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of `prompt` that a jointly trained text encoder never saw, in order; [] for the large ones."""
@@ -183,6 +191,8 @@ class SnapGenPipeline(DiffusionPipeline):
             raise ValueError(f"output_type: got {output_type!r}; allowed are 'pil', 'pt' and 'latent'")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt: got {num_images_per_prompt}; must be at least 1")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale: got {guidance_scale}; must be finite")
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         config = self.denoiser.config
         upscale = self.decoder.upscale
@@ -276,6 +286,17 @@ class SnapGenPipeline(DiffusionPipeline):
                 warnings.warn(
                     f"prompt: CLIP reads only the first 77 tokens of {text[:60]!r}...", PromptWarning, stacklevel=5
                 )
+
+
+def _check_complete(module: torch.nn.Module, folder: Path) -> None:
+    """Refuse weights that leave some of the module's out: the libraries fill those in at random."""
+    found = {name for file in folder.glob("*.safetensors") for name in io.tensor_names(file)}
+    missing = sorted(module.state_dict().keys() - found)
+    if missing:
+        raise io.CheckpointError(
+            f"{folder}: its weights are those of another model: {', '.join(missing[:3])} "
+            f"{'is' if len(missing) == 1 else 'are'} missing ({len(missing)} in all)"
+        )
 
 
 def _check_folder(folder: Path) -> None:

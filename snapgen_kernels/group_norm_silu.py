@@ -162,4 +162,9 @@ class GroupNormSiLU(nn.GroupNorm):
     """``nn.Sequential(GroupNorm, SiLU)`` as one module; state-dict keys of ``nn.GroupNorm``: weight, bias."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps)
+        weight, bias = self.weight, self.bias
+        if weight is None:  # affine=False
+            weight = input.new_ones(self.num_channels)
+        if bias is None:
+            bias = input.new_zeros(self.num_channels)
+        return group_norm_silu(input, self.num_groups, weight, bias, self.eps)

@@ -159,3 +159,23 @@ def test_importing_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-o", "out.xyz"), "error: out: got out.xyz; a picture's name ends in .png"),
+        (("-o", "out"), "error: out: got out; a picture's name ends in .png"),
+        (("--seed", str(2**64)), "error: seed: got 18446744073709551616; must fit into 64 bits"),
+    ],
+)
+def test_generate_refuses_before_it_loads_or_draws(capsys, words, message):
+    code, text = run(capsys, "generate", "a circle", "--checkpoint", "/nowhere", *words)
+    assert code == 2 and message in text
+
+
+def test_generate_does_not_draw_over_a_folder(capsys, tmp_path):
+    folder = tmp_path / "a.png"
+    folder.mkdir()
+    code, text = run(capsys, "generate", "a circle", "--checkpoint", "/nowhere", "-o", str(folder))
+    assert code == 2 and "is a folder; name a picture file" in text

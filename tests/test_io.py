@@ -102,3 +102,13 @@ def test_truncated_pickled_and_missing_files_are_named(tmp_path):
     assert not (tmp_path / "executed").exists()
     with pytest.raises(io.CheckpointError, match="no such file"):
         io.load_tensors(tmp_path / "absent")
+
+
+def test_every_file_of_a_directory_has_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with io.whole_directory(tmp_path / "d") as folder:
+            (folder / "x").touch(0o600)  # as safetensors does
+    finally:
+        os.umask(before)
+    assert (tmp_path / "d" / "x").stat().st_mode & 0o777 == 0o644

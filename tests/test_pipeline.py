@@ -241,3 +241,18 @@ def test_damaged_folders_are_named(tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(io.CheckpointError, match=r"no model_index\.json"):
         SnapGenPipeline.from_pretrained(tmp_path / "empty")
+
+
+def test_weights_of_another_model_are_not_filled_in_at_random(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    shutil.copy(
+        tmp_path / "decoder" / "diffusion_pytorch_model.safetensors", tmp_path / "text_encoder" / "model.safetensors"
+    )
+    with pytest.raises(io.CheckpointError, match="text_encoder: its weights are those of another model"):
+        SnapGenPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("guidance", [float("nan"), float("inf")])
+def test_guidance_must_be_finite(tiny, guidance):
+    with pytest.raises(ValueError, match="guidance_scale: got"):
+        draw(tiny, guidance_scale=guidance)

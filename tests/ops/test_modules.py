@@ -166,3 +166,14 @@ def test_activation_checkpointing_and_functional_gradients() -> None:
     assert torch.equal(torch.autograd.grad(saved.sum(), x)[0], plain)
     functional = torch.func.grad(lambda t: block(t, temb).sum())(x.detach())
     torch.testing.assert_close(functional, plain)
+
+
+@pytest.mark.parametrize("mode", ["fused", "reference"])
+def test_group_norm_silu_without_affine_parameters(mode: str) -> None:
+    x = torch.randn(2, 8, 3, 5, requires_grad=True)
+    with sk.use(mode):
+        y = sk.GroupNormSiLU(4, 8, affine=False)(x)
+    expected = F.silu(F.group_norm(x, 4))
+    torch.testing.assert_close(y, expected)
+    gradient, wanted = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, expected))
+    torch.testing.assert_close(gradient, wanted)
