@@ -33,16 +33,14 @@ def limits(console: Console, found: Limits) -> None:
 
 
 def plan(console: Console, chosen: Plan, rates: Limits) -> None:
-    """Every case with its FLOPs, fewest bytes and floor in each mode, and who would be timed."""
-    table = Table(title="Plan")
-    for heading in ("op", "case", "dtype", "mode", "FLOPs", "bytes", "FLOP/byte", "floor ms", "providers"):
-        table.add_column(heading, justify="right" if heading in _RIGHT else "left")
+    """Every case with its FLOPs, fewest bytes and floor in each mode, and who would be timed, for each op."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("op", "case", "dtype", "mode", "FLOPs", "bytes", "FLOP/byte", "floor ms"):
+        table.add_column(heading, justify="right" if heading in _RIGHT else "left", no_wrap=True)
     for case in chosen.cases:
         for mode, cost in costs(case).items():
-            train = mode != "fwd"
-            if ("train" if train else "fwd") not in chosen.modes:
+            if ("fwd" if mode == "fwd" else "train") not in chosen.modes:
                 continue
-            who = [p.name for p in chosen.providers if p.unfit(case, chosen.device, train) is None]
             table.add_row(
                 case.op,
                 case.name,
@@ -52,9 +50,12 @@ def plan(console: Console, chosen: Plan, rates: Limits) -> None:
                 si(cost.bytes),
                 f"{cost.flops / cost.bytes:.1f}",
                 _ms(rates.floor_ms(cost, case.dtype)),
-                " ".join(who),
             )
     console.print(table)
+    for case in {case.op: case for case in chosen.cases}.values():
+        for mode in chosen.modes:
+            who = [p.name for p in chosen.providers if p.unfit(case, chosen.device, mode == "train") is None]
+            console.print(f"{case.op} {mode} would be timed by: {', '.join(who) or 'nobody'}", soft_wrap=True)
 
 
 def rows(console: Console, case: Case, measured: Sequence[Row]) -> None:
