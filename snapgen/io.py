@@ -81,6 +81,21 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object, as :func:`write_json` wrote it.
+
+    Raises:
+        CheckpointError: the file is damaged; names it.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise CheckpointError(f"{path}: damaged, not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: damaged, holds no JSON object")
+    return value
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, whole or not at all."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

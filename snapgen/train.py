@@ -262,7 +262,10 @@ class TrainState:
             for index, name in enumerate(named)
         }
         self.optimizer.load_state_dict(state)
-        self.step = json.loads((folder / "state.json").read_text())["step"]
+        step = io.read_json(folder / "state.json").get("step")
+        if not isinstance(step, int):
+            raise io.CheckpointError(f"{folder / 'state.json'}: damaged, its step is {step!r}")
+        self.step = step
         return True
 
 
@@ -277,13 +280,13 @@ def _claim(out: Path, task: Task, config: TrainConfig) -> None:
     own = json.loads(json.dumps({"task": task.name, "preset": task.preset.name, **fixed}))
     record = out / "config.json"
     if record.exists():
-        there = json.loads(record.read_text())
+        there = io.read_json(record)
         differences = [
             f"{key} was {there.get(key)!r}, now {own.get(key)!r}"
             for key in sorted(own.keys() | there.keys())
             if own.get(key) != there.get(key)
         ]
-        if differences == [f"steps was {there.get('steps')!r}, now {own['steps']!r}"]:
+        if "steps" in there and differences == [f"steps was {there.get('steps')!r}, now {own['steps']!r}"]:
             # Until the learning rate begins to fall, the length of a run has had no effect on it.
             done = int(found[-1].name.split("-")[1]) if (found := _checkpoints(out)) else 0
             if done <= (1 - config.cooldown) * min(there["steps"], own["steps"]):

@@ -112,3 +112,11 @@ def test_every_file_of_a_directory_has_the_permissions_of_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "d" / "x").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("damaged", [b"{", b"", b"[1]", b"\xff\xfe{"])
+def test_a_damaged_json_file_is_named(tmp_path, damaged):
+    path = tmp_path / "config.json"
+    path.write_bytes(damaged)
+    with pytest.raises(io.CheckpointError, match=r"config\.json: damaged"):
+        io.read_json(path)

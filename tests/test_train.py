@@ -282,3 +282,18 @@ def test_a_stream_is_passed_over_to_its_position():
 def test_unknown_data_is_named(tmp_path):
     with pytest.raises(ValueError, match="data: got 'circles'"):
         open_dataset("circles", 64)
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", "{}"])
+def test_a_damaged_state_or_record_is_named(tmp_path, damaged):
+    train(autoencoder_task(), data(), config(), tmp_path, console=QUIET)
+    state = next(tmp_path.glob("checkpoints/*/state.json"))
+    whole = state.read_text()
+    for checkpoint in tmp_path.glob("checkpoints/*/state.json"):
+        checkpoint.write_text(damaged)
+    with pytest.raises(io.CheckpointError, match=r"state\.json: damaged"):
+        train(autoencoder_task(), data(), config(), tmp_path, console=QUIET)
+    state.write_text(whole)
+    (tmp_path / "config.json").write_text(damaged)
+    with pytest.raises(ValueError, match=r"config\.json: damaged|holds another run"):
+        train(autoencoder_task(), data(), config(), tmp_path, console=QUIET)
