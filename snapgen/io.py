@@ -87,6 +87,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged; names it.
     """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not even text

@@ -185,6 +185,7 @@ class SnapGenPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: an argument does not fit; names it, what was given and what is allowed.
+            FloatingPointError: the denoiser gave NaN or infinity.
         """
         prompts = self._check_prompts(prompt)
         if output_type not in ("pil", "pt", "latent"):
@@ -221,6 +222,8 @@ class SnapGenPipeline(DiffusionPipeline):
                 negative=negative,
                 on_step=lambda *_: bar.update(),
             )
+        if not latents.isfinite().all():
+            raise FloatingPointError("the denoiser gave values that are not finite; its weights may be damaged")
         pictures: Any = latents
         if output_type != "latent":
             pictures = self.decoder.decode(latents.to(self.decoder.dtype)).float().clamp(-1, 1)
@@ -253,8 +256,8 @@ class SnapGenPipeline(DiffusionPipeline):
         unknown = list(dict.fromkeys(word for text in prompts for word in self.unknown_words(text)))
         if unknown:
             warnings.warn(
-                f"prompt: the model never saw {', '.join(map(repr, unknown))} and ignores it; it knows only the words "
-                f"it was trained on (`pipe.vocabulary`)",
+                f"prompt: the model never saw {', '.join(map(repr, unknown))} and ignores it; it knows only "
+                f"{', '.join(self.vocabulary[:40])}",
                 PromptWarning,
                 stacklevel=4,
             )
@@ -300,11 +303,27 @@ def _check_complete(module: torch.nn.Module, folder: Path) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that holds no pipeline, or weights that are pickles or cut off, before anything is built."""
+    """Refuse a folder that holds no pipeline, or damaged files or pickles, before anything is built."""
     if not (folder / "model_index.json").is_file():
         raise io.CheckpointError(f"{folder}: holds no model_index.json, so it is not a saved pipeline")
+    index = io.read_json(folder / "model_index.json")
+    if index.get("_class_name") != SnapGenPipeline.__name__:
+        raise io.CheckpointError(f"{folder}: holds a {index.get('_class_name')}, not a {SnapGenPipeline.__name__}")
+    for name, entry in index.items():
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[1] is not None):
+            continue
+        if not (folder / name).is_dir():
+            raise io.CheckpointError(f"{folder}: has no folder {name}, which its model_index.json names")
+        config = folder / name / "config.json"
+        kind = io.read_json(config).get("_class_name", entry[1]) if config.is_file() else entry[1]
+        if kind != entry[1]:
+            raise io.CheckpointError(f"{config}: describes a {kind}; {name} is a {entry[1]}")
+    if index.get("joint_text") and "model" not in io.read_json(folder / "tokenizer" / "tokenizer.json"):
+        raise io.CheckpointError(f"{folder / 'tokenizer' / 'tokenizer.json'}: damaged, describes no tokenizer")
     for file in sorted(folder.rglob("*")):
         if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
             raise io.CheckpointError(f"{file}: this may be a pickle; only safetensors are read")
         if file.suffix == ".safetensors":
             io.check_tensors(file)
+        if file.suffix == ".json":
+            io.read_json(file)

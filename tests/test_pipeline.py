@@ -216,6 +216,14 @@ def test_long_prompts_are_cut_with_a_note_or_refused():
         draw(large_pipe(**GEMMA), "circle " * 90)
 
 
+def test_weights_that_are_not_finite_draw_nothing():
+    pipe = large_pipe()
+    with torch.no_grad():
+        pipe.denoiser.conv_out.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw(pipe)
+
+
 def test_parts_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="decoder: takes 16 latent channels"):
         large_pipe(decoder=TinyDecoder(**dict(SMALL.decoder, latent_channels=16)))
@@ -235,6 +243,31 @@ def test_damaged_folders_are_named(tiny, tmp_path):
     torch.save({}, pickled / "denoiser" / "diffusion_pytorch_model.bin")
     with pytest.raises(io.CheckpointError, match="pickle"):
         SnapGenPipeline.from_pretrained(pickled)
+
+    for number, (file, text, message) in enumerate(
+        (
+            ("tokenizer/tokenizer.json", "garbage", r"tokenizer\.json: damaged, not JSON"),
+            ("tokenizer/tokenizer.json", "{}", r"tokenizer\.json: damaged, describes no tokenizer"),
+            ("tokenizer/tokenizer.json", None, r"tokenizer\.json: no such file"),
+            ("model_index.json", "[]", r"model_index\.json: damaged, holds no JSON object"),
+            ("model_index.json", "{}", "holds a None, not a SnapGenPipeline"),
+            (
+                "denoiser/config.json",
+                '{"_class_name": "TinyDecoder"}',
+                "describes a TinyDecoder; denoiser is a",
+            ),
+        )
+    ):
+        damaged = shutil.copytree(whole, tmp_path / f"damaged-{number}")
+        (damaged / file).unlink()
+        if text is not None:
+            (damaged / file).write_text(text)
+        with pytest.raises(io.CheckpointError, match=message):
+            SnapGenPipeline.from_pretrained(damaged)
+    partial = shutil.copytree(whole, tmp_path / "partial")
+    shutil.rmtree(partial / "decoder")
+    with pytest.raises(io.CheckpointError, match="has no folder decoder"):
+        SnapGenPipeline.from_pretrained(partial)
 
     with pytest.raises(io.CheckpointError, match="no such checkpoint folder"):
         SnapGenPipeline.from_pretrained(tmp_path / "absent")
