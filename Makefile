@@ -18,7 +18,7 @@ help:
 	@echo "make clean  remove .venv, build products and out/"
 
 demo: $(READY)
-	@echo "demo: draws, scores, times and exports with the shipped model into out/; 5 minutes on 2 cores"
+	@echo "demo: draws, scores, times and exports with the shipped model into out/; 2 minutes on 2 cores"
 	@$(MALLOC) $(BIN)/snapgen demo --out out
 
 test: $(READY)
@@ -40,7 +40,7 @@ format: $(READY)
 
 # The extension is built in place, so that an edit of csrc/ only needs `make` again.
 $(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/*)
-	@echo "setup: makes $(VENV), installs the pinned packages, builds the C++ extension; 4 minutes, once"
+	@echo "setup: makes $(VENV), installs the pinned packages, builds the C++ extension; 3 minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
