@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -180,15 +180,17 @@ def evaluate(
         io.write_json(out, scores)
 
 
-def export_coreml(
+def export(
+    kind: Positional[Literal["coreml"]],
     checkpoint: Positional[str] = "tiny",
     *,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("out/coreml"),
     target: str = "iOS17",
 ) -> None:
-    """Export a checkpoint to Core ML packages, checked against PyTorch before they are kept.
+    """Export a checkpoint for phones, checked against PyTorch before anything is kept.
 
     Args:
+        kind: What to export to: Core ML packages.
         checkpoint: A folder, or the name of a shipped one.
         out: Folder for the .mlpackage files.
         target: Oldest system that the packages must run on: iOS17 or iOS18.
@@ -217,7 +219,7 @@ COMMANDS: dict[str, Any] = {
     "train": train,
     "train-autoencoder": train_autoencoder,
     "eval": evaluate,
-    "export-coreml": export_coreml,
+    "export": export,
 }
 
 

@@ -100,8 +100,9 @@ class SnapGenPipeline(DiffusionPipeline):
         folder = SHIPPED / path if isinstance(path, str) and (SHIPPED / path).is_dir() else Path(path)
         if folder.is_dir():
             _check_folder(folder)
-        elif isinstance(path, os.PathLike) or str(path).startswith((".", "/")) or folder.suffix:
-            raise io.CheckpointError(f"{path}: no such checkpoint folder")
+        elif isinstance(path, os.PathLike) or str(path).startswith((".", "/")) or "/" not in path:
+            shipped = ", ".join(sorted(found.name for found in SHIPPED.iterdir()))
+            raise io.CheckpointError(f"{path}: no such checkpoint folder, nor a shipped one ({shipped})")
         options.setdefault("use_safetensors", True)
         # transformers would otherwise load in the dtype of the file, diffusers in fp32.
         if "torch_dtype" not in options:

@@ -267,7 +267,7 @@ def count(state: Run) -> Section:
 
 def export_packages(state: Run) -> Section:
     """Core ML packages of every part, and what is in them."""
-    title, command = "Packages for the phone", f"snapgen export-coreml {state.checkpoint} -o {state.out.name}/coreml"
+    title, command = "Packages for the phone", f"snapgen export coreml {state.checkpoint} -o {state.out.name}/coreml"
     if importlib.util.find_spec("coremltools") is None:
         return _left_out(title, command, "The export needs coremltools, which is not installed here: "
                          "pip install 'snapgen[export]'.")  # fmt: skip
