@@ -26,7 +26,7 @@ test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST)
 
 bench: $(READY)
-	@echo "bench: times every op against PyTorch and appends to bench/results/; 15 minutes on 2 cores"
+	@echo "bench: times every op against PyTorch and appends to bench/results/; 5 minutes on 2 cores"
 	@$(BIN)/python -m bench $(BENCH)
 
 lint: $(READY)

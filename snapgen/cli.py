@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from snapgen.train import TrainConfig
@@ -164,18 +165,17 @@ def evaluate(
     """
     from snapgen import evaluate as evaluation
     from snapgen import io
-    from snapgen.evaluate import print_scores, score_shapes
 
     pipe = _load(checkpoint)
     contenders = {"": pipe, **({"untrained, ": evaluation.untrained(pipe, seed)} if untrained else {})}
     scores = {
-        f"{who}{count} steps": score_shapes(
+        f"{who}{count} steps": evaluation.score_shapes(
             contender, steps=count, guidance=guidance, per_skill=per_skill, seed=seed, console=console
         )
         for who, contender in contenders.items()
         for count in steps
     }
-    print_scores(scores, console)
+    evaluation.print_scores(scores, console)
     if out is not None:
         io.write_json(out, scores)
 
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         console.print(f"[yellow]{interrupt or 'stopped'}[/]")
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
-        console.print(f"[red]error:[/] {error}", soft_wrap=True)
+        console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
 
 
@@ -255,7 +255,7 @@ def _load(checkpoint: str) -> Any:
 def _show_warning(message: Any, category: type[Warning], *_: Any) -> None:
     # Ours speak to the user; the libraries' deprecations do not.
     if category.__module__.startswith("snapgen"):
-        console.print(f"[yellow]note:[/] {message}", soft_wrap=True)
+        console.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True)
 
 
 if __name__ == "__main__":

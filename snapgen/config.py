@@ -34,10 +34,8 @@ class Preset:
     target_macs: float | None = None  # multiply-accumulates of one denoiser forward at `resolution`
 
 
-# Widths and depths are not published; four configurations hit the published 1.38M / 224 GMACs. On two CPU cores they
-# decode within 12% of each other (512 px, fp32: this one 1.01 s; (256, 256, 224, 96), 1 block each, 0.93 s;
-# (224, 160, 128, 112) x (3, 3, 3, 2), e=2, 1.04 s). This one has fewer blocks at high resolution, which is the paper's
-# rule. Their quality after equal training has not been compared.
+# Widths and depths are not published, and several hit the published 1.38M / 224 GMACs. This one has fewer blocks at
+# high resolution, which is the paper's rule. Their quality after equal training has not been compared.
 DECODER = dict(
     latent_channels=16,
     channels=(160, 160, 128, 128),

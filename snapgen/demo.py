@@ -51,7 +51,7 @@ def run(
     pipe = SnapGenPipeline.from_pretrained(checkpoint)
     state = Run(out, str(checkpoint), pipe, per_skill)
     console.print(
-        f"[bold]SnapGen demo[/]: {', '.join(chosen)}; into {out}; about 4 minutes for all on 2 cores",
+        f"[bold]SnapGen demo[/]: {', '.join(chosen)}; into {out}; about 2 minutes for all on 2 cores",
         soft_wrap=True,
         highlight=False,
     )

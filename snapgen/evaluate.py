@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from snapgen.checker import check, score
+from snapgen.checker import score
 from snapgen.data.shapes import SKILLS, eval_captions
 from snapgen.pipeline import SnapGenPipeline
 
@@ -96,8 +96,3 @@ def print_scores(scores: Mapping[str, Scores], console: Console) -> None:
     for name, row in scores.items():
         table.add_row(name, *(f"{row[skill]:.2f}" for skill in (*SKILLS, "overall")))
     console.print(table)
-
-
-def verdicts(pictures: Sequence[Any], captions: Sequence[str]) -> list[bool]:
-    """Whether each picture shows what its caption says."""
-    return [check(picture, caption).correct for picture, caption in zip(pictures, captions, strict=True)]

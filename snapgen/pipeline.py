@@ -52,7 +52,6 @@ class SnapGenPipeline(DiffusionPipeline):
         "tokenizer_3",
     ]
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->denoiser->decoder"
-    _callback_tensor_inputs: ClassVar = ["latents"]
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import signal
@@ -109,7 +110,7 @@ def train(task: Task, data: Any, config: TrainConfig, out: Path, *, console: Con
     Raises:
         ValueError: `out` holds a run of another configuration.
         io.CheckpointError: the newest checkpoint cannot be read.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss or the weights are no longer finite.
         KeyboardInterrupt: after Ctrl-C, once the step at hand is saved.
     """
     console = console or Console()
@@ -140,14 +141,15 @@ def train(task: Task, data: Any, config: TrainConfig, out: Path, *, console: Con
                 count = seen / (config.batch_size * config.accumulate)
                 means = {name: float(value) / count for name, value in totals.items()}
                 _report(writer, show, state.step, means, rate, learning_rate(config, state.step - 1))
-                if not all(map(torch.isfinite, map(torch.tensor, means.values()))):
+                if not all(map(math.isfinite, means.values())):
                     raise FloatingPointError(
                         f"step {state.step}: the loss is no longer finite; the last good checkpoint is in {out}"
                     )
                 since, seen, totals = time.perf_counter(), 0, {}
-            if state.step % config.save_every == 0 or last or interrupted():
+            stop = interrupted()
+            if state.step % config.save_every == 0 or last or stop:
                 state.save(out)
-            if interrupted():
+            if stop:
                 raise KeyboardInterrupt(f"stopped at step {state.step}; run the same command to go on")
             if state.step % config.sample_every == 0 or last:
                 with state.averaged():
@@ -226,7 +228,15 @@ class TrainState:
         }
 
     def save(self, out: Path) -> None:
-        """Write a checkpoint, whole or not at all, then drop the oldest ones."""
+        """Write a checkpoint, whole or not at all, then drop the oldest ones.
+
+        Raises:
+            FloatingPointError: the weights are not finite; older checkpoints stay.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise FloatingPointError(
+                f"step {self.step}: the weights are no longer finite; the last good checkpoint is in {out}"
+            )
         names = list(self._named())
         moments = {
             f"{names[index]}/{key}": value

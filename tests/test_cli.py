@@ -79,6 +79,11 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, checkpoint, tmp_path, wor
     assert not (tmp_path / "o.png").exists()
 
 
+def test_brackets_in_a_path_are_not_taken_for_markup(capsys, tmp_path):
+    code, text = run(capsys, "generate", "a circle", "--checkpoint", str(tmp_path / "[bold]run"))
+    assert code == 2 and "[bold]run: no such checkpoint folder" in text
+
+
 def test_wrong_checkpoints_are_named(capsys, tmp_path):
     code, text = run(capsys, "generate", "a circle", "--checkpoint", str(tmp_path / "absent"))
     assert code == 2 and "no such checkpoint folder" in text

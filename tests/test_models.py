@@ -114,7 +114,10 @@ def test_batch_items_do_not_meet():
 def test_other_latent_sizes(size):
     model, given = small_unet(), inputs()
     given["sample"] = torch.randn(2, 8, *size)
-    assert model(**given).sample.shape == (2, 8, *size)
+    predicted = model(**given).sample
+    assert predicted.shape == (2, 8, *size)
+    exact = {name: value.double() for name, value in given.items()}
+    torch.testing.assert_close(predicted.double(), model.double()(**exact).sample, atol=1e-4, rtol=1e-4)
 
 
 def test_gradient_checkpointing_changes_no_gradient():

@@ -148,7 +148,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     assert_same(tmp_path / "alone", tmp_path)
 
 
-def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path):
+@pytest.mark.parametrize("log_every", [2, 100])
+def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path, log_every):
     task = denoiser_task()
     real = task.loss
 
@@ -164,7 +165,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path):
 
     task.loss = counted
     with pytest.raises(FloatingPointError, match="step 4"):
-        train(task, data(), config(save_every=2), tmp_path, console=QUIET)
+        train(task, data(), config(save_every=2, log_every=log_every), tmp_path, console=QUIET)
     newest = max((tmp_path / "checkpoints").glob("step-*"))
     assert all(tensor.isfinite().all() for tensor in io.load_tensors(newest / "model.safetensors").values())
 
@@ -240,8 +241,16 @@ def test_wrong_settings_are_named(change):
 
 
 def test_bf16_trains(tmp_path):
-    train(denoiser_task(), data(), config(steps=2, dtype="bf16"), tmp_path, console=QUIET)
-    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path).values())
+    for dtype in ("fp32", "bf16"):
+        train(denoiser_task(), data(), config(steps=3, dtype=dtype), tmp_path / dtype, console=QUIET)
+    wide, narrow = weights(tmp_path / "fp32"), weights(tmp_path / "bf16")
+    assert all(tensor.dtype == torch.float32 for tensor in narrow.values())
+    torch.manual_seed(0)
+    start = denoiser_task().modules["denoiser"].state_dict()
+    moved = {name: (wide[f"model/denoiser.{name}"] - weight).norm() for name, weight in start.items()}
+    apart = {name: (wide[f"model/denoiser.{name}"] - narrow[f"model/denoiser.{name}"]).norm() for name in start}
+    # Rounded to 8 bits of mantissa, the steps differ, but by a part of themselves.
+    assert 0 < sum(apart.values()) < 0.5 * sum(moved.values())
 
 
 class Numbered:

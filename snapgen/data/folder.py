@@ -21,6 +21,7 @@ import re
 import struct
 import tarfile
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def _checked(caption: object) -> str:
     return caption.strip()
 
 
-class CaptionedImages:
+class CaptionedImages(ABC):
     """What folders and shards share: reading by index, standing in for broken pairs, counting and reporting."""
 
     def __init__(self, source: str, resolution: int) -> None:
@@ -104,16 +105,17 @@ class CaptionedImages:
         self._examples: dict[str, list[str]] = {}
         self._unusable: set[int] = set()
 
+    @abstractmethod
     def __len__(self) -> int:
         """Number of pairs found, broken ones that have not been read yet included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _name(self, index: int) -> str:
-        raise NotImplementedError
+        """What a report calls one pair."""
 
+    @abstractmethod
     def _read(self, index: int) -> tuple[bytes, str]:
         """The image file and the caption of one pair, or _Unusable."""
-        raise NotImplementedError
 
     def _skip(self, reason: str, name: str) -> None:
         self.skipped[reason] += 1
