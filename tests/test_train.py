@@ -225,6 +225,23 @@ def test_first_adamw_step_and_average_by_hand(tmp_path):
     assert task.averaged == pytest.approx(decay * 1.0 + (1 - decay) * by_hand, rel=1e-5)
 
 
+def test_every_forward_pass_has_noise_of_its_own(tmp_path):
+    drawn = {}
+    for seed in (0, 1):
+        task, noise = Regression(), []
+        real = task.loss
+
+        def recording(images, captions, generator, noise=noise, real=real):
+            noise.append(tuple(torch.randn(4, generator=generator).tolist()))
+            return real(images, captions, generator)
+
+        task.loss = recording
+        train(task, data(), config(steps=5, accumulate=2, seed=seed), tmp_path / str(seed), console=QUIET)
+        drawn[seed] = noise
+    assert [len(set(noise)) for noise in drawn.values()] == [10, 10]
+    assert not set(drawn[0]) & set(drawn[1])
+
+
 def test_learning_rate_rises_stays_and_falls():
     plan = config(steps=100, warmup=10, cooldown=0.2, lr=2.0)
     assert [learning_rate(plan, step) for step in (0, 4, 9, 50, 80, 90, 99)] == pytest.approx(
