@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from snapgen import seeds
 from snapgen.checker import score
 from snapgen.data.shapes import SKILLS, eval_captions
 from snapgen.pipeline import SnapGenPipeline
@@ -41,7 +42,7 @@ def draw(
         starts = range(0, len(captions), batch_size)
         for start in track(starts, f"drawing, {steps} steps", console=console, disable=console is None):
             part = captions[start : start + batch_size]
-            noise = [torch.Generator().manual_seed((seed << 32) + start + index) for index in range(len(part))]
+            noise = [seeds.generator(seed, start + index) for index in range(len(part))]
             pictures += pipe(part, num_inference_steps=steps, guidance_scale=guidance, generator=noise).images
     finally:
         pipe.set_progress_bar_config(**quiet)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from snapgen import io
+from snapgen import io, seeds
 from snapgen.data.loader import batches
 from snapgen.tasks import Task
 
@@ -168,7 +168,7 @@ def _step(task: Task, config: TrainConfig, state: TrainState, stream: Iterator[A
     for micro in range(config.accumulate):
         images, captions = next(stream)
         # One generator per micro-batch, seeded by its place in the run: nothing to save, nothing to drift.
-        generator = torch.Generator().manual_seed((config.seed << 40) + state.step * config.accumulate + micro + 1)
+        generator = seeds.generator(config.seed, state.step * config.accumulate + micro + 1)
         with torch.autocast(state.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
             loss, further = task.loss(images.to(state.device), captions, generator)
         (loss / config.accumulate).backward()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from snapgen import seeds
+
 Batch = tuple[Tensor, list[str]]  # pictures [B, 3, H, W] in [-1, 1], captions
 
 
@@ -28,8 +30,7 @@ class _BatchIndices(Sampler[list[int]]):
             for place in range(position, position + self.batch_size):
                 if self.shuffle and place // self.length != epoch:
                     epoch = place // self.length
-                    generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-                    order = torch.randperm(self.length, generator=generator)
+                    order = torch.randperm(self.length, generator=seeds.generator(self.seed, epoch))
                 offset = place % self.length
                 indices.append(int(order[offset]) if self.shuffle else offset)
             position += self.batch_size
