@@ -53,21 +53,31 @@ def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: flo
     return y.contiguous(memory_format=torch.channels_last) if frozen else y
 
 
-def _reference_with_statistics(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of each group of x, both [B, G] in fp32 (fp64 for fp64); NaN where x is empty."""
     if x.numel() == 0:
         nothing = x.new_full((x.shape[0], num_groups), float("nan"), dtype=compute_dtype(x))
-        return reference(x, num_groups, weight, bias, eps), nothing, nothing.clone()
+        return nothing, nothing.clone()
     per_group = x.shape[1] // num_groups * x.shape[2] * x.shape[3]
     groups = x.detach().to(compute_dtype(x)).reshape(x.shape[0], num_groups, per_group)
     var, mean = torch.var_mean(groups, dim=2, correction=0)
-    return reference(x, num_groups, weight, bias, eps), mean, torch.rsqrt(var + eps)
+    return mean, torch.rsqrt(var + eps)
+
+
+def new_statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Two uninitialised tensors for what :func:`statistics` returns."""
+    mean = x.new_empty((x.shape[0], num_groups), dtype=compute_dtype(x))
+    return mean, torch.empty_like(mean)
+
+
+def _reference_with_statistics(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference(x, num_groups, weight, bias, eps), *statistics(x, num_groups, eps)
 
 
 def _fake(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = x.new_empty((x.shape[0], num_groups), dtype=compute_dtype(x))
-    return torch.empty_like(x), statistics, torch.empty_like(statistics)
+    return torch.empty_like(x), *new_statistics(x, num_groups)
 
 
 def _cuda(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,8 @@ Formula, for x [B, C, H, W] and shift [B, M]::
     y = PW2(DW2(SiLU(GN2(h)))) + (x, or conv1x1(x) where C != O)   M -> O
 
 M is the expanded width (paper: twice the wider of C and O). shift is the projected time embedding. Norm statistics are
-fp32; convolutions accumulate in fp32 and round to the dtype of x.
+fp32; convolutions accumulate in fp32 and round to the dtype of x. Kept for the backward: h, and mean and rstd of both
+norms, [B, G].
 """
 
 from __future__ import annotations
@@ -19,11 +20,43 @@ from torch import Tensor, nn
 
 from snapgen_kernels import _backend
 from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
-from snapgen_kernels.group_norm_silu import Norm
+from snapgen_kernels.group_norm_silu import Norm, new_statistics, statistics
 from snapgen_kernels.sepconv import SepConv2d, check_separable, new_image, sepconv
 from snapgen_kernels.sepconv import reference as sepconv_reference
 
 NAME = "resblock"
+
+
+def _formula(
+    half: Callable[..., Tensor],
+    x: Tensor,
+    shift: Tensor,
+    norm1: Norm,
+    dw1_weight: Tensor,
+    pw1_weight: Tensor,
+    norm2: Norm,
+    dw2_weight: Tensor,
+    pw2_weight: Tensor,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """h and y, each by one call of ``half``."""
+    skip = x if shortcut_weight is None else F.conv2d(x, shortcut_weight, shortcut_bias)
+    h = half(x, dw1_weight, pw1_weight, norm=norm1, shift=shift)
+    return h, half(h, dw2_weight, pw2_weight, norm=norm2, residual=skip)
+
+
+def _reference_half(
+    x: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    *,
+    norm: Norm,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    affine = (norm.weight, norm.bias, shift, residual, norm.num_groups, norm.eps)
+    return sepconv_reference(x, dw_weight, pw_weight, None, None, *affine)
 
 
 def reference(
@@ -43,35 +76,52 @@ def reference(
     eps: float = 1e-5,
 ) -> Tensor:
     """The formula in plain PyTorch: [B, C, H, W] -> [B, O, H, W]."""
-    skip = x if shortcut_weight is None else F.conv2d(x, shortcut_weight, shortcut_bias)
-    h = sepconv_reference(x, dw1_weight, pw1_weight, None, None, norm1_weight, norm1_bias, shift, None, num_groups, eps)
-    return sepconv_reference(
-        h, dw2_weight, pw2_weight, None, None, norm2_weight, norm2_bias, None, skip, num_groups, eps
-    )
+    norm1, norm2 = Norm(num_groups, norm1_weight, norm1_bias, eps), Norm(num_groups, norm2_weight, norm2_bias, eps)
+    weights = (norm1, dw1_weight, pw1_weight, norm2, dw2_weight, pw2_weight, shortcut_weight, shortcut_bias)
+    return _formula(_reference_half, x, shift, *weights)[1]
 
 
-def _composed(
+def _reference_with_saved(
     x: Tensor,
     shift: Tensor,
-    norm1: Norm,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
     dw1_weight: Tensor,
     pw1_weight: Tensor,
-    norm2: Norm,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
     dw2_weight: Tensor,
     pw2_weight: Tensor,
     shortcut_weight: Tensor | None,
     shortcut_bias: Tensor | None,
-    half: Callable[..., Tensor] = sepconv,
-) -> Tensor:
-    skip = x if shortcut_weight is None else F.conv2d(x, shortcut_weight, shortcut_bias)
-    h = half(x, dw1_weight, pw1_weight, norm=norm1, shift=shift)
-    return half(h, dw2_weight, pw2_weight, norm=norm2, residual=skip)
+    num_groups: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    norm1, norm2 = Norm(num_groups, norm1_weight, norm1_bias, eps), Norm(num_groups, norm2_weight, norm2_bias, eps)
+    weights = (norm1, dw1_weight, pw1_weight, norm2, dw2_weight, pw2_weight, shortcut_weight, shortcut_bias)
+    h, y = _formula(_reference_half, x, shift, *weights)
+    return y, h.detach(), *statistics(x, num_groups, eps), *statistics(h, num_groups, eps)
 
 
-def _fake(x: Tensor, shift: Tensor, *weights: Tensor | int | float | None) -> Tensor:
-    pw2_weight = weights[7]
-    assert isinstance(pw2_weight, Tensor)
-    return new_image(x, pw2_weight.shape[0], x.shape[2], x.shape[3])
+def _fake(
+    x: Tensor,
+    shift: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    dw1_weight: Tensor,
+    pw1_weight: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    dw2_weight: Tensor,
+    pw2_weight: Tensor,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    height, width = x.shape[2:]
+    y, h = (new_image(x, w.shape[0], height, width) for w in (pw2_weight, pw1_weight))
+    return y, h, *new_statistics(x, num_groups), *new_statistics(x, num_groups)
 
 
 _WEIGHTS = (
@@ -90,8 +140,9 @@ OP = register(
     + "".join(f"Tensor {name}, " for name in _WEIGHTS)
     + "Tensor? shortcut_weight, Tensor? shortcut_bias, int num_groups, float eps",
     outputs=1,
+    saved=5,  # h, mean and rstd of norm1, mean and rstd of norm2
     differentiable=("x", "shift", *_WEIGHTS, "shortcut_weight", "shortcut_bias"),
-    reference=reference,
+    reference=_reference_with_saved,
     fake=_fake,
     cast=(
         "x",
@@ -177,10 +228,9 @@ def resblock(
             shortcut_bias,
             norm1.num_groups,
             norm1.eps,
-        )
-    return _composed(
-        x, shift, norm1, dw1_weight, pw1_weight, norm2, dw2_weight, pw2_weight, shortcut_weight, shortcut_bias
-    )
+        )[0]
+    weights = (norm1, dw1_weight, pw1_weight, norm2, dw2_weight, pw2_weight, shortcut_weight, shortcut_bias)
+    return _formula(sepconv, x, shift, *weights)[1]
 
 
 def cost(case: CostCase) -> tuple[int, int]:

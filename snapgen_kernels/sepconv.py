@@ -7,8 +7,9 @@ Formula, for x [B, C, H, W]::
     d = depthwise3x3(a, stride, padding 1) + dw_bias
     y = pointwise(d) + pw_bias + shift[:, :, None, None] + residual
 
-The norm's statistics are fp32; convolutions accumulate in fp32 and round to the dtype of x. SnapGen uses it for the
-halves of its expanded separable residual blocks and for its samplers.
+The norm's statistics are fp32; convolutions accumulate in fp32 and round to the dtype of x. Kept for the backward: mean
+and rstd of the norm, [B, G]; two empty tensors where there is no norm. SnapGen uses it for the halves of its expanded
+separable residual blocks and for its samplers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from snapgen_kernels import _backend
 from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
-from snapgen_kernels.group_norm_silu import Norm, group_norm_silu
+from snapgen_kernels.group_norm_silu import Norm, compute_dtype, group_norm_silu, new_statistics, statistics
 from snapgen_kernels.group_norm_silu import reference as group_norm_silu_reference
 
 NAME = "sepconv"
@@ -72,6 +73,44 @@ def reference(
     )
 
 
+def _reference_with_statistics(
+    x: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    dw_bias: Tensor | None,
+    pw_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    num_groups: int,
+    eps: float,
+    stride: int,
+    upsample: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = reference(
+        x,
+        dw_weight,
+        pw_weight,
+        dw_bias,
+        pw_bias,
+        norm_weight,
+        norm_bias,
+        shift,
+        residual,
+        num_groups,
+        eps,
+        stride,
+        upsample,
+    )
+    return y, *(no_statistics(x) if norm_weight is None else statistics(x, num_groups, eps))
+
+
+def no_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands for mean and rstd where there is no norm."""
+    return x.new_empty(0, dtype=compute_dtype(x)), x.new_empty(0, dtype=compute_dtype(x))
+
+
 def output_size(height: int, width: int, stride: int, upsample: bool) -> tuple[int, int]:
     """Height and width after the depthwise convolution (3x3, padding 1)."""
     scale = 2 if upsample else 1
@@ -95,18 +134,19 @@ def _fake(
     x: Tensor,
     dw_weight: Tensor,
     pw_weight: Tensor,
-    dw_bias: Tensor | None = None,
-    pw_bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    num_groups: int = 1,
-    eps: float = 1e-5,
-    stride: int = 1,
-    upsample: bool = False,
-) -> Tensor:
-    return new_image(x, pw_weight.shape[0], *output_size(x.shape[2], x.shape[3], stride, upsample))
+    dw_bias: Tensor | None,
+    pw_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    num_groups: int,
+    eps: float,
+    stride: int,
+    upsample: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = new_image(x, pw_weight.shape[0], *output_size(x.shape[2], x.shape[3], stride, upsample))
+    return y, *(no_statistics(x) if norm_weight is None else new_statistics(x, num_groups))
 
 
 OP = register(
@@ -115,6 +155,7 @@ OP = register(
     "Tensor? norm_weight, Tensor? norm_bias, Tensor? shift, Tensor? residual, "
     "int num_groups, float eps, int stride, bool upsample",
     outputs=1,
+    saved=2,  # mean and rstd
     differentiable=(
         "x",
         "dw_weight",
@@ -126,7 +167,7 @@ OP = register(
         "shift",
         "residual",
     ),
-    reference=reference,
+    reference=_reference_with_statistics,
     fake=_fake,
     cast=("x", "dw_weight", "pw_weight", "dw_bias", "pw_bias", "shift", "residual"),
 )
@@ -214,7 +255,7 @@ def sepconv(
             *parameters[2:],
             stride,
             upsample,
-        )
+        )[0]
     return _formula(group_norm_silu, x, dw_weight, pw_weight, dw_bias, pw_bias, norm, shift, residual, stride, upsample)
 
 
