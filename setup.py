@@ -8,6 +8,7 @@ loads.
 """
 
 import os
+from glob import glob
 
 from setuptools import setup
 
@@ -16,9 +17,12 @@ SOURCES = [
     "csrc/isa_portable.cpp",
     "csrc/isa_avx2.cpp",
     "csrc/isa_avx512.cpp",
+    "csrc/isa_avx512bf16.cpp",
+    "csrc/isa_amx.cpp",
+    "csrc/pack.cpp",
     "csrc/group_norm_silu.cpp",
 ]
-HEADERS = ["csrc/kernels.h", "csrc/simd.h", "csrc/isa.h", "csrc/group_norm_silu_kernel.h"]
+HEADERS = sorted(glob("csrc/*.h"))
 # PyTorch 2.11, the oldest release that the package supports.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 

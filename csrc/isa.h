@@ -7,7 +7,9 @@
 namespace snapgen::SG_ISA {
 namespace {
 #include "simd.h"
+#include "gemm.h"
 #include "group_norm_silu_kernel.h"
+#include "pack_kernel.h"
 }  // namespace
 
 #define SG_STRING_(name) #name
@@ -18,6 +20,7 @@ const Kernels kernels = {
     group_norm_silu_table<float>(),
     group_norm_silu_table<bf16>(),
     group_norm_silu_table<double>(),
+    pack_table(),
 };
 
 }  // namespace snapgen::SG_ISA

@@ -1,5 +1,7 @@
 // Chosen at run time on x86-64 processors that have: avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -9,6 +11,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
 #endif
 
+#define SG_AVX512 1
 #define SG_ISA avx512
 #define VECTOR_BYTES 64
 #include "isa.h"

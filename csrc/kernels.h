@@ -40,9 +40,16 @@ struct GroupNormSiluTable {
   GroupNormSiluTask moments_contiguous, apply_contiguous, sums_contiguous, gradient_contiguous;
 };
 
+}  // namespace snapgen
+
+#include "pack.h"
+
+namespace snapgen {
+
 struct Kernels {
   const char* name;
   GroupNormSiluTable group_norm_silu_f32, group_norm_silu_bf16, group_norm_silu_f64;
+  PackTable pack;
 };
 
 namespace portable {
@@ -53,6 +60,12 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
 extern const Kernels kernels;
 }
 #endif

@@ -56,6 +56,12 @@ SG_INLINE void store(double* p, Vec<double, N> v) {
 }
 template <int N>
 SG_INLINE void store(bf16* p, Vec<float, N> v) {
+#if SG_BF16
+  if constexpr (N == 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+    return;
+  }
+#endif
   auto u = (Vec<uint32_t, N>)v;
   auto rounded = u + 0x7fffu + ((u >> 16) & 1u);  // to nearest, ties to even
   u = rounded | (Vec<uint32_t, N>)(v != v);  // all ones is a NaN

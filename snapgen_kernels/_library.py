@@ -124,6 +124,9 @@ def register(
     fake: Callable[..., Any],
     cast: tuple[str, ...] = (),
     kernels: tuple[str, ...] = (),
+    cpu: Callable[..., Any] | None = None,
+    cpu_backward: Callable[..., Any] | None = None,
+    cpu_unsupported: Callable[..., str | None] | None = None,
     cuda: Callable[..., Any] | None = None,
     cuda_backward: Callable[..., Any] | None = None,
 ) -> Op:
@@ -139,7 +142,10 @@ def register(
         fake: the same on fake tensors: shapes, dtypes, strides.
         cast: names of the arguments that autocast turns into its dtype (those of convolutions and products).
         kernels: device types with fused kernels.
-        cuda, cuda_backward: launchers; ``cuda_backward`` takes the backward op's arguments.
+        cpu, cpu_backward: launchers of the C++ kernels; ``cpu_backward`` takes the backward op's arguments. They are
+            called where the extension is there and ``cpu_unsupported`` has no objection to the forward's arguments;
+            elsewhere (fp64, say) the reference runs.
+        cuda, cuda_backward: launchers of the Triton kernels.
     """
     arguments = tuple(part.split()[-1] for part in schema.split(","))
     op = Op(name, arguments, differentiable, outputs, saved, reference)
@@ -181,6 +187,20 @@ def register(
     _register_autograd(op, split)
     if cast:
         _register_autocast(op, cast)
+
+    def on_cpu(launcher: Callable[..., Any], default: Callable[..., Any], first: int) -> Callable[..., Any]:
+        def launch(*args: Any) -> Any:
+            objection = _backend.missing_kernel(name, "cpu")
+            if objection is None and cpu_unsupported is not None:
+                objection = cpu_unsupported(*args[first : first + len(arguments)])
+            return launcher(*args) if objection is None else default(*args)
+
+        return launch
+
+    if cpu is not None:
+        LIBRARY.impl(name, on_cpu(cpu, forward_default, 0), "CPU")
+    if cpu_backward is not None:
+        LIBRARY.impl(f"{name}_backward", on_cpu(cpu_backward, backward_default, outputs), "CPU")
     for suffix, launcher in (("", cuda), ("_backward", cuda_backward)):
         if launcher is not None:
             LIBRARY.impl(name + suffix, _ranged(f"snapgen::{name}{suffix}", launcher), "CUDA")
