@@ -79,7 +79,7 @@ SG_INLINE void store(bf16* p, Vec<float, N> v) {
 
 template <class A, int N>
 SG_INLINE Vec<A, N> splat(A a) {
-  return Vec<A, N>{} + a;
+  return a - Vec<A, N>{};  // a - 0 is a, whatever its sign; a + 0 is not, and the compiler would have to add
 }
 
 template <class A, int N>
