@@ -5,13 +5,13 @@
 
 template <class A, int N>
 SG_INLINE Vec<A, N> silu(Vec<A, N> z) {
-  return z / (exp_of<N>(-z) + A(1));
+  return z * reciprocal<A, N>(exp_of<N>(-z) + A(1));
 }
 
 // dy * d silu(z) / dz
 template <class A, int N>
 SG_INLINE Vec<A, N> silu_gradient(Vec<A, N> z, Vec<A, N> dy) {
-  auto s = A(1) / (exp_of<N>(-z) + A(1));
+  auto s = reciprocal<A, N>(exp_of<N>(-z) + A(1));
   return dy * (s * (z * (A(1) - s) + A(1)));
 }
 

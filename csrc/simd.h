@@ -128,3 +128,16 @@ SG_INLINE Vec<double, N> exp_of(Vec<double, N> x) {
   for (int i = 0; i < N; ++i) e[i] = __builtin_exp(x[i]);
   return e;
 }
+
+// 1 / x for x >= 1. AVX-512 divides at a quarter of the speed of its 14-bit estimate with one step of Newton's, which ends
+// within an ulp.
+template <class A, int N>
+SG_INLINE Vec<A, N> reciprocal(Vec<A, N> x) {
+#if SG_AVX512
+  if constexpr (N == 16) {
+    const Vec<A, N> r = (Vec<A, N>)_mm512_rcp14_ps((__m512)x);
+    return r + r * (A(1) - x * r);
+  }
+#endif
+  return A(1) / x;
+}
