@@ -224,6 +224,7 @@ void backward(Plan& plan, const Tensor& x, const Tensor& dy, const Tensor& weigh
   a.weight = w.data(), a.bias = b.data(), a.mean = means.data(), a.rstd = rstds.data();
   std::vector<A> sums(plan.tasks * 2 * (plan.last ? a.channels : 1));
   a.sums = sums.data();
+  a.out = dx ? dx->mutable_data_ptr() : nullptr;
   plan.run<A>(plan.last ? kernel.sums_last : kernel.sums_contiguous, plan.tasks);
 
   const int64_t C = a.channels, per_group = C / a.groups;
@@ -247,7 +248,7 @@ void backward(Plan& plan, const Tensor& x, const Tensor& dy, const Tensor& weigh
   if (dweight) store_parameter<A>(dw, *dweight);
   if (dbias) store_parameter<A>(db, *dbias);
   if (!dx) return;
-  a.mean_g = mean_g.data(), a.mean_gx = mean_gx.data(), a.out = dx->mutable_data_ptr();
+  a.mean_g = mean_g.data(), a.mean_gx = mean_gx.data();
   plan.run<A>(plan.last ? kernel.gradient_last : kernel.gradient_contiguous, plan.tasks);
 }
 

@@ -2,6 +2,9 @@
 //
 // Statistics of a chunk take two passes over data that the first pass left in the cache: the mean, then the sum of squared
 // deviations from it. Chunks are merged by the driver (Chan) in double. No E[x^2] - E[x]^2 anywhere.
+//
+// The backward keeps dz, the gradient before SiLU, in the memory of dx between its two passes: that takes less than to
+// compute it twice, and eager rounds it to the dtype of x too.
 
 template <class A, int N>
 SG_INLINE Vec<A, N> silu(Vec<A, N> z) {
@@ -159,6 +162,7 @@ void sums_last(const GroupNormSilu& g, int64_t begin, int64_t end, void* scratch
     const int64_t at = (k.sample * g.pixels + k.first) * C;
     const T* x = static_cast<const T*>(g.x) + at;
     const T* dy = static_cast<const T*>(g.dy) + at;
+    T* kept = g.out ? static_cast<T*>(g.out) + at : nullptr;
     A* dz_sum = static_cast<A*>(g.sums) + task * 2 * C;
     A* dzx_sum = dz_sum + C;
     for (int64_t c = 0; c < 2 * C; ++c) dz_sum[c] = 0;
@@ -166,6 +170,7 @@ void sums_last(const GroupNormSilu& g, int64_t begin, int64_t end, void* scratch
       SG_OVER_LANES(T, C, {
         auto xhat = (load<N>(x + c) - load<N>(mean + c)) * load<N>(rstd + c);
         auto dz = silu_gradient<A, N>(xhat * load<N>(weight + c) + load<N>(bias + c), load<N>(dy + c));
+        if (kept) store<N>(kept + p * C + c, dz);
         store<N>(dz_sum + c, load<N>(dz_sum + c) + dz);
         store<N>(dzx_sum + c, load<N>(dzx_sum + c) + dz * xhat);
       })
@@ -178,7 +183,7 @@ void gradient_last(const GroupNormSilu& g, int64_t begin, int64_t end, void* scr
   using A = Acc<T>;
   const int64_t C = g.channels, per_group = C / g.groups;
   A* mean = static_cast<A*>(scratch);
-  A *rstd = mean + C, *weight = mean + 2 * C, *bias = mean + 3 * C, *mean_g = mean + 4 * C, *mean_gx = mean + 5 * C;
+  A *rstd = mean + C, *weight = mean + 2 * C, *mean_g = mean + 4 * C, *mean_gx = mean + 5 * C;
   int64_t sample = -1;
   for (int64_t task = end - 1; task >= begin; --task) {
     const Chunk k = chunk_of(g, task, g.pixels);
@@ -192,14 +197,13 @@ void gradient_last(const GroupNormSilu& g, int64_t begin, int64_t end, void* scr
     }
     const int64_t at = (k.sample * g.pixels + k.first) * C;
     const T* x = static_cast<const T*>(g.x) + at;
-    const T* dy = static_cast<const T*>(g.dy) + at;
     T* dx = static_cast<T*>(g.out) + at;
-    for (int64_t p = 0; p < k.count; ++p, x += C, dy += C, dx += C) {
+    for (int64_t p = 0; p < k.count; ++p, x += C, dx += C) {
       SG_OVER_LANES(T, C, {
-        const auto r = load<N>(rstd + c), w = load<N>(weight + c);
+        const auto r = load<N>(rstd + c);
         auto xhat = (load<N>(x + c) - load<N>(mean + c)) * r;
-        auto dz = silu_gradient<A, N>(xhat * w + load<N>(bias + c), load<N>(dy + c));
-        store<N>(dx + c, r * (dz * w - load<N>(mean_g + c) - xhat * load<N>(mean_gx + c)));
+        auto dz = load<N>(dx + c);
+        store<N>(dx + c, r * (dz * load<N>(weight + c) - load<N>(mean_g + c) - xhat * load<N>(mean_gx + c)));
       })
     }
   }
@@ -273,11 +277,13 @@ void sums_contiguous(const GroupNormSilu& g, int64_t begin, int64_t end, void*) 
     const Channel<T> ch = channel_of<T>(g, k.sample);
     const T* x = static_cast<const T*>(g.x) + k.sample * g.pixels + k.first;
     const T* dy = static_cast<const T*>(g.dy) + k.sample * g.pixels + k.first;
+    T* kept = g.out ? static_cast<T*>(g.out) + k.sample * g.pixels + k.first : nullptr;
     Vec<A, Accumulate<T>::lanes> dz_sum{}, dzx_sum{};
     Vec<A, 1> dz_tail{}, dzx_tail{};
     SG_OVER_LANES(T, k.count, {
       auto xhat = (load<N>(x + c) - ch.mean) * ch.rstd;
       auto dz = silu_gradient<A, N>(xhat * ch.weight + ch.bias, load<N>(dy + c));
+      if (kept) store<N>(kept + c, dz);
       if constexpr (N > 1) dz_sum += dz, dzx_sum += dz * xhat;
       else dz_tail += dz, dzx_tail += dz * xhat;
     })
@@ -296,12 +302,10 @@ void gradient_contiguous(const GroupNormSilu& g, int64_t begin, int64_t end, voi
     const A mean_g = static_cast<const A*>(g.mean_g)[ch.group], mean_gx = static_cast<const A*>(g.mean_gx)[ch.group];
     const int64_t at = k.sample * g.pixels + k.first;
     const T* x = static_cast<const T*>(g.x) + at;
-    const T* dy = static_cast<const T*>(g.dy) + at;
     T* dx = static_cast<T*>(g.out) + at;
     SG_OVER_LANES(T, k.count, {
       auto xhat = (load<N>(x + c) - ch.mean) * ch.rstd;
-      auto dz = silu_gradient<A, N>(xhat * ch.weight + ch.bias, load<N>(dy + c));
-      store<N>(dx + c, ch.rstd * (dz * ch.weight - mean_g - xhat * mean_gx));
+      store<N>(dx + c, ch.rstd * (load<N>(dx + c) * ch.weight - mean_g - xhat * mean_gx));
     })
   }
 }
