@@ -21,6 +21,7 @@ SOURCES = [
     "csrc/isa_amx.cpp",
     "csrc/pack.cpp",
     "csrc/group_norm_silu.cpp",
+    "csrc/qk_norm_rope.cpp",
 ]
 HEADERS = sorted(glob("csrc/*.h"))
 # PyTorch 2.11, the oldest release that the package supports.

@@ -10,6 +10,7 @@ namespace {
 #include "gemm.h"
 #include "group_norm_silu_kernel.h"
 #include "pack_kernel.h"
+#include "qk_norm_rope_kernel.h"
 }  // namespace
 
 #define SG_STRING_(name) #name
@@ -21,6 +22,8 @@ const Kernels kernels = {
     group_norm_silu_table<bf16>(),
     group_norm_silu_table<double>(),
     pack_table(),
+    norm_rope_table<float>(),
+    norm_rope_table<bf16>(),
 };
 
 }  // namespace snapgen::SG_ISA

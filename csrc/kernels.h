@@ -43,6 +43,7 @@ struct GroupNormSiluTable {
 }  // namespace snapgen
 
 #include "pack.h"
+#include "qk_norm_rope.h"
 
 namespace snapgen {
 
@@ -50,6 +51,7 @@ struct Kernels {
   const char* name;
   GroupNormSiluTable group_norm_silu_f32, group_norm_silu_bf16, group_norm_silu_f64;
   PackTable pack;
+  NormRopeTable norm_rope_f32, norm_rope_bf16;
 };
 
 namespace portable {

@@ -14,6 +14,8 @@ q and k; the outputs are rounded once. Backward, with dn = dy cos + rot^T(dy sin
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,32 @@ def _fake(
     return torch.empty_like(q), torch.empty_like(k)
 
 
+def _unsupported(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *_: Tensor | float | None
+) -> str | None:
+    """None if a fused kernel takes this call, else the reason."""
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"q has dtype {q.dtype}; the kernels take float32 and bfloat16"
+    if k.dtype != q.dtype:
+        return f"k has dtype {k.dtype}; the kernels take that of q, {q.dtype}"
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and weight.dtype not in (torch.float32, q.dtype):
+            return f"{name} has dtype {weight.dtype}; the kernels take float32 or the dtype of q ({q.dtype})"
+    return None
+
+
+def _cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from snapgen_kernels._cpu import qk_norm_rope as kernels
+
+    return kernels.forward(*arguments)
+
+
+def _cpu_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from snapgen_kernels._cpu import qk_norm_rope as kernels
+
+    return kernels.backward(*arguments)
+
+
 OP = register(
     NAME,
     "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps",
@@ -99,16 +127,11 @@ OP = register(
     differentiable=("q", "k", "q_weight", "k_weight"),
     reference=reference,
     fake=_fake,
+    kernels=("cpu",),
+    cpu=_cpu,
+    cpu_backward=_cpu_backward,
+    cpu_unsupported=_unsupported,
 )
-
-
-def _unsupported(q: Tensor, k: Tensor) -> str | None:
-    """None if a fused kernel takes this call, else the reason."""
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return f"q has dtype {q.dtype}; the kernels take float32 and bfloat16"
-    if k.dtype != q.dtype:
-        return f"k has dtype {k.dtype}; expected that of q, {q.dtype}"
-    return None
 
 
 def check_qk(op: str, q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
@@ -162,7 +185,7 @@ def qk_norm_rope(
     dim = q.shape[-1]
     check_shape(NAME, "q_weight", q_weight, (dim,), q)
     check_shape(NAME, "k_weight", k_weight, (dim,), q)
-    if _backend.select(NAME, q.device.type, _unsupported(q, k)):
+    if _backend.select(NAME, q.device.type, _unsupported(q, k, q_weight, k_weight)):
         return torch.ops.snapgen.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
     return reference(q, k, q_weight, k_weight, cos, sin, eps)
 

@@ -67,7 +67,9 @@ class Case:
         for name, value in values.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 value = value.to(torch.float32) if name in ("cos", "sin") else value.to(self.dtype)
-                value = _laid_out(value, self.layout).to(device)
+                # q [B, N, H, D] is no image: channels_last would put its tokens innermost.
+                tokens = name == "q" and self.layout == "channels_last"
+                value = (value if tokens else _laid_out(value, self.layout)).to(device)
                 value.requires_grad_(requires_grad and name in self.spec.contract.OP.differentiable)
             elif isinstance(value, Tensor):
                 value = value.to(device)
