@@ -212,6 +212,7 @@ void pack_a(const S* src, int64_t sm, int64_t sk, int64_t M, int64_t K, P* out, 
     const S* from = src + m * sm;
     P* row = out + m * lda;
     int64_t k = 0;
+    if (sk == 1 && sizeof(S) == sizeof(P)) __builtin_memcpy(row, from, size_t(K) * sizeof(P)), k = K;
     if (sk == 1)
       for (; k + kLanes <= K; k += kLanes) to_panel(load<kLanes>(from + k), row + k);
     for (; k < K; ++k) to_panel(wide(from[k * sk]), row + k);

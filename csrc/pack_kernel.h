@@ -30,16 +30,20 @@ void product(const Product& p, int64_t begin, int64_t end, void* scratch) {
   using P = Panel<T>;
   P* panel = static_cast<P*>(scratch);
   float* c = reinterpret_cast<float*>(static_cast<char*>(scratch) + product_panel_bytes<T>(p));
-  const int64_t lda = padded<P>(p.depth), blocks = blocks_of(p.columns), ldc = kProductBlocks * kColumns;
+  const int64_t blocks = blocks_of(p.columns), ldc = kProductBlocks * kColumns;
+  const bool in_place = sizeof(P) == sizeof(T) && p.stride_k == 1 && p.depth % kDepth<P> == 0;
   const T* a = static_cast<const T*>(p.a);
   tiles_begin();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first = task * p.tile_rows, rows = p.rows - first < p.tile_rows ? p.rows - first : p.tile_rows;
-    pack_a<P, T>(a + first * p.stride_m, p.stride_m, p.stride_k, rows, p.depth, panel, lda);
+    const P* rows_of_a = panel;
+    int64_t lda = padded<P>(p.depth);
+    if (in_place) rows_of_a = reinterpret_cast<const P*>(a + first * p.stride_m), lda = p.stride_m;
+    else pack_a<P, T>(a + first * p.stride_m, p.stride_m, p.stride_k, rows, p.depth, panel, lda);
     T* out = static_cast<T*>(p.out) + first * p.columns;
     for (int64_t j = 0; j < blocks; j += kProductBlocks) {
       const int64_t some = blocks - j < kProductBlocks ? blocks - j : kProductBlocks;
-      gemm<P>(rows, some, p.depth, panel, lda, static_cast<const P*>(p.b) + j * block_stride<P>(p.depth), c, ldc, false);
+      gemm<P>(rows, some, p.depth, rows_of_a, lda, static_cast<const P*>(p.b) + j * block_stride<P>(p.depth), c, ldc, false);
       const int64_t n0 = j * kColumns, wide_n = p.columns - n0 < some * kColumns ? p.columns - n0 : some * kColumns;
       for (int64_t m = 0; m < rows; ++m) {
         int64_t n = 0;
