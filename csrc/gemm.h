@@ -367,7 +367,7 @@ SG_INLINE void amx_tile(int64_t K, const bf16* A, int64_t lda, const bf16* B, fl
 
 inline void gemm_by_amx(int64_t M, int64_t blocks, int64_t K, const bf16* A, int64_t lda, const bf16* B, float* C, int64_t ldc,
                         bool accumulate) {
-  constexpr int64_t kSlice = 512;  // of K: 32 rows of A then stay in the first cache
+  constexpr int64_t kSlice = 1024;  // of K: longer ones no longer help, and C goes to the cache and back for each
   const int64_t depth = padded<bf16>(K), full = M / 32 * 32, rest = M - full;
   if (depth == 0 && !accumulate)
     for (int64_t m = 0; m < M; ++m) __builtin_memset(C + m * ldc, 0, size_t(blocks * kColumns) * 4);

@@ -58,6 +58,7 @@ int64_t fingerprint(Tensor tensor) {
 // out[M, N] = a[M, K] B, with B = packed of [K, N].
 void product(Tensor a, Tensor packed, Tensor out) {
   STD_TORCH_CHECK(a.dim() == 2 && out.dim() == 2 && a.size(0) == out.size(0), "snapgen_cpu::product: shapes do not fit");
+  if (out.numel() == 0) return;
   STD_TORCH_CHECK(out.stride(1) == 1 && (out.size(0) < 2 || out.stride(0) == out.size(1)),
                   "snapgen_cpu::product: out must be contiguous");
   STD_TORCH_CHECK(out.scalar_type() == a.scalar_type(), "snapgen_cpu::product: out must have the dtype of a");
