@@ -6,13 +6,17 @@ READY := $(VENV)/.ready
 # Page faults of glibc's malloc slow large tensors on a CPU several times; these settings end that (see README).
 MALLOC := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test bench lint format clean help
+# The sanitizers' libraries must be loaded before Python's own allocations.
+PRELOAD = $(shell $(CC) -print-file-name=libasan.so):$(shell $(CC) -print-file-name=libubsan.so)
+
+.PHONY: demo test bench sanitize lint format clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   draw, score, time and export with the shipped model; writes out/report.html"
 	@echo "make test   run the tests"
 	@echo "make bench  time every op against PyTorch on this machine; appends to bench/results/"
+	@echo "make sanitize  run the tests of the C++ kernels under the address and undefined-behaviour sanitizers"
 	@echo "make lint   ruff and mypy"
 	@echo "make format let ruff rewrite the layout"
 	@echo "make clean  remove .venv, build products and out/"
@@ -28,6 +32,16 @@ test: $(READY)
 bench: $(READY)
 	@echo "bench: times every op against PyTorch and appends to bench/results/; 5 minutes on 2 cores"
 	@$(BIN)/python -m bench $(BENCH)
+
+sanitize: $(READY)
+	@echo "sanitize: builds the extension apart, in build/sanitize, and runs tests/ops on it"
+	@rm -rf build/sanitize && mkdir -p build/sanitize
+	@cp -r csrc snapgen_kernels snapgen tests setup.py pyproject.toml README.md LICENSE build/sanitize
+	@rm -f build/sanitize/snapgen_kernels/_C*.so
+	@cd build/sanitize && SNAPGEN_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	@cd build/sanitize && LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+		$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider -k "not triton and not cubin and not compile" \
+		$(or $(PYTEST),tests/ops)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Builds the optional C++ extension ``snapgen_kernels._C``.
 
-``SNAPGEN_BUILD_CPP=0`` leaves it out: the package then runs on the PyTorch references.
+``SNAPGEN_BUILD_CPP=0`` leaves it out: the package then runs on the PyTorch references. ``SNAPGEN_SANITIZE=1`` builds it
+with AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize` does, and runs the tests of the ops).
 
 The extension uses only PyTorch's stable ABI and Python's limited API, so that one build serves every PyTorch from 2.11
 on and every Python from 3.10 on. Nothing here looks at the machine: the instruction set is chosen when the extension
@@ -28,18 +29,31 @@ HEADERS = sorted(glob("csrc/*.h"))
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 
+def switch(name: str, default: str) -> bool:
+    value = os.environ.get(name, default)
+    if value not in ("0", "1"):
+        raise SystemExit(f"{name} is {value!r}; allowed: 1 (on) or 0 (off); default: {default}")
+    return value == "1"
+
+
 def cpp_extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     # The kernels are written in the vector extension of GCC and Clang. Vectors never cross a call, so -Wpsabi has no
     # say.
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi"]
+    links = []
+    if switch("SNAPGEN_SANITIZE", "0"):
+        # Loads and stores of vectors are unaligned by design, and go through memcpy.
+        links = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        flags += [*links, "-O1", "-g", "-fno-omit-frame-pointer", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     extension = CppExtension(
         "snapgen_kernels._C",
         SOURCES,
         depends=HEADERS,
         define_macros=[("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=flags,
+        extra_link_args=links,
         py_limited_api=True,
     )
     return {
@@ -49,9 +63,4 @@ def cpp_extension() -> dict:
     }
 
 
-switch = os.environ.get("SNAPGEN_BUILD_CPP", "1")
-if switch not in ("0", "1"):
-    raise SystemExit(
-        f"SNAPGEN_BUILD_CPP is {switch!r}; allowed: 1 (build the C++ extension, the default) or 0 (leave it out)"
-    )
-setup(**(cpp_extension() if switch == "1" else {}))
+setup(**(cpp_extension() if switch("SNAPGEN_BUILD_CPP", "1") else {}))
