@@ -21,6 +21,7 @@ SOURCES = [
     "csrc/isa_avx512bf16.cpp",
     "csrc/isa_amx.cpp",
     "csrc/pack.cpp",
+    "csrc/sepconv.cpp",
     "csrc/group_norm_silu.cpp",
     "csrc/qk_norm_rope.cpp",
 ]

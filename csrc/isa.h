@@ -11,6 +11,8 @@ namespace {
 #include "group_norm_silu_kernel.h"
 #include "pack_kernel.h"
 #include "qk_norm_rope_kernel.h"
+#include "rows.h"
+#include "sepconv_kernel.h"
 }  // namespace
 
 #define SG_STRING_(name) #name
@@ -24,6 +26,7 @@ const Kernels kernels = {
     pack_table(),
     norm_rope_table<float>(),
     norm_rope_table<bf16>(),
+    sepconv_table(),
 };
 
 }  // namespace snapgen::SG_ISA

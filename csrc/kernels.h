@@ -44,6 +44,7 @@ struct GroupNormSiluTable {
 
 #include "pack.h"
 #include "qk_norm_rope.h"
+#include "sepconv.h"
 
 namespace snapgen {
 
@@ -52,6 +53,7 @@ struct Kernels {
   GroupNormSiluTable group_norm_silu_f32, group_norm_silu_bf16, group_norm_silu_f64;
   PackTable pack;
   NormRopeTable norm_rope_f32, norm_rope_bf16;
+  SepconvTable sepconv;
 };
 
 namespace portable {

@@ -6,13 +6,14 @@ Formula, for x [B, C, H, W] and shift [B, M]::
     y = PW2(DW2(SiLU(GN2(h)))) + (x, or conv1x1(x) where C != O)   M -> O
 
 M is the expanded width (paper: twice the wider of C and O). shift is the projected time embedding. Norm statistics are
-fp32; convolutions accumulate in fp32 and round to the dtype of x. Kept for the backward: h, and mean and rstd of both
-norms, [B, G].
+fp32; convolutions accumulate in fp32 and round to the dtype of x. Kept for the backward: h in channels_last, and mean
+and rstd of both norms, [B, G].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from snapgen_kernels import _backend
 from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
 from snapgen_kernels.group_norm_silu import Norm, new_statistics, statistics
-from snapgen_kernels.sepconv import SepConv2d, check_separable, new_image, sepconv
+from snapgen_kernels.sepconv import SepConv2d, check_separable, new_image, sepconv, unsupported_dtypes
 from snapgen_kernels.sepconv import reference as sepconv_reference
 
 NAME = "resblock"
@@ -119,8 +120,10 @@ def _fake(
     num_groups: int,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    height, width = x.shape[2:]
-    y, h = (new_image(x, w.shape[0], height, width) for w in (pw2_weight, pw1_weight))
+    batch, _, height, width = x.shape
+    y = new_image(x, pw2_weight.shape[0], height, width)
+    shape = (batch, pw1_weight.shape[0], height, width)
+    h = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return y, h, *new_statistics(x, num_groups), *new_statistics(x, num_groups)
 
 
@@ -134,6 +137,50 @@ _WEIGHTS = (
     "dw2_weight",
     "pw2_weight",
 )
+
+
+def _unsupported(
+    x: Tensor,
+    shift: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    dw1_weight: Tensor,
+    pw1_weight: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    dw2_weight: Tensor,
+    pw2_weight: Tensor,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+    *rest: object,
+) -> str | None:
+    """None if a fused kernel takes this call, else the reason."""
+    if pw1_weight.shape[0] == 0:
+        return "pw1_weight has no outputs"
+    like_x = (
+        ("shift", shift),
+        ("dw1_weight", dw1_weight),
+        ("pw1_weight", pw1_weight),
+        ("dw2_weight", dw2_weight),
+        ("pw2_weight", pw2_weight),
+        ("shortcut_weight", shortcut_weight),
+        ("shortcut_bias", shortcut_bias),
+    )
+    norms = (
+        ("norm1.weight", norm1_weight),
+        ("norm1.bias", norm1_bias),
+        ("norm2.weight", norm2_weight),
+        ("norm2.bias", norm2_bias),
+    )
+    return unsupported_dtypes(x, like_x, norms)
+
+
+def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._cpu import resblock as kernels
+
+    return kernels.forward(*arguments)
+
+
 OP = register(
     NAME,
     "Tensor x, Tensor shift, "
@@ -154,18 +201,9 @@ OP = register(
         "shortcut_weight",
         "shortcut_bias",
     ),
+    cpu=_cpu,
+    cpu_unsupported=_unsupported,
 )
-
-
-def _unsupported(x: Tensor, dw1_weight: Tensor, norm1: Norm, norm2: Norm) -> str | None:
-    """None if a fused kernel takes this call, else the reason."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"x has dtype {x.dtype}; allowed: float32, bfloat16, float16"
-    if dw1_weight.dtype != x.dtype:
-        return f"dw1_weight has dtype {dw1_weight.dtype}; expected that of x, {x.dtype}"
-    if norm1.num_groups != norm2.num_groups or norm1.eps != norm2.eps:
-        return "norm1 and norm2 differ in num_groups or eps; the kernel takes one of each"
-    return None
 
 
 def resblock(
@@ -212,23 +250,14 @@ def resblock(
     check_shape(NAME, "shortcut_bias", shortcut_bias, (outputs,), x)
     if shortcut_weight is None and (channels != outputs or shortcut_bias is not None):
         raise ValueError(f"{NAME}: shortcut_weight is None; x has {channels} channels and the output {outputs}")
-    if _backend.select(NAME, x.device.type, _unsupported(x, dw1_weight, norm1, norm2)):
-        return torch.ops.snapgen.resblock(
-            x,
-            shift,
-            norm1.weight,
-            norm1.bias,
-            dw1_weight,
-            pw1_weight,
-            norm2.weight,
-            norm2.bias,
-            dw2_weight,
-            pw2_weight,
-            shortcut_weight,
-            shortcut_bias,
-            norm1.num_groups,
-            norm1.eps,
-        )[0]
+    first = (norm1.weight, norm1.bias, dw1_weight, pw1_weight)
+    second = (norm2.weight, norm2.bias, dw2_weight, pw2_weight)
+    tensors = (x, shift, *first, *second, shortcut_weight, shortcut_bias)
+    reason = _unsupported(*tensors)
+    if norm1.num_groups != norm2.num_groups or norm1.eps != norm2.eps:
+        reason = "norm1 and norm2 differ in num_groups or eps; the kernel takes one of each"
+    if _backend.select(NAME, x.device.type, reason):
+        return torch.ops.snapgen.resblock(*tensors, norm1.num_groups, norm1.eps)[0]
     weights = (norm1, dw1_weight, pw1_weight, norm2, dw2_weight, pw2_weight, shortcut_weight, shortcut_bias)
     return _formula(sepconv, x, shift, *weights)[1]
 

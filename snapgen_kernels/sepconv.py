@@ -14,7 +14,8 @@ separable residual blocks and for its samplers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +150,53 @@ def _fake(
     return y, *(no_statistics(x) if norm_weight is None else new_statistics(x, num_groups))
 
 
+def _unsupported(
+    x: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    dw_bias: Tensor | None,
+    pw_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    *rest: object,
+) -> str | None:
+    """None if a fused kernel takes this call, else the reason."""
+    like_x = (
+        ("dw_weight", dw_weight),
+        ("pw_weight", pw_weight),
+        ("dw_bias", dw_bias),
+        ("pw_bias", pw_bias),
+        ("shift", shift),
+        ("residual", residual),
+    )
+    return unsupported_dtypes(x, like_x, (("norm.weight", norm_weight), ("norm.bias", norm_bias)))
+
+
+def unsupported_dtypes(
+    x: Tensor, like_x: Iterable[tuple[str, Tensor | None]], norms: Iterable[tuple[str, Tensor | None]]
+) -> str | None:
+    """None if the CPU kernels take these dtypes: fp32 or bf16, norms in fp32 or the same; else the reason."""
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"x has dtype {x.dtype}; the kernels take float32 and bfloat16"
+    if x.shape[1] == 0:
+        return "x has no channels"
+    for name, tensor in like_x:
+        if tensor is not None and tensor.dtype != x.dtype:
+            return f"{name} has dtype {tensor.dtype}; the kernels take that of x, {x.dtype}"
+    for name, tensor in norms:
+        if tensor is not None and tensor.dtype not in (torch.float32, x.dtype):
+            return f"{name} has dtype {tensor.dtype}; the kernels take float32 or the dtype of x, {x.dtype}"
+    return None
+
+
+def _cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from snapgen_kernels._cpu import sepconv as kernels
+
+    return kernels.forward(*arguments)
+
+
 OP = register(
     NAME,
     "Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, "
@@ -170,18 +218,9 @@ OP = register(
     reference=_reference_with_statistics,
     fake=_fake,
     cast=("x", "dw_weight", "pw_weight", "dw_bias", "pw_bias", "shift", "residual"),
+    cpu=_cpu,
+    cpu_unsupported=_unsupported,
 )
-
-
-def _unsupported(x: Tensor, dw_weight: Tensor, pw_weight: Tensor) -> str | None:
-    """None if a fused kernel takes this call, else the reason."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"x has dtype {x.dtype}; allowed: float32, bfloat16, float16"
-    if dw_weight.dtype != x.dtype or pw_weight.dtype != x.dtype:
-        return (
-            f"dw_weight and pw_weight have dtypes {dw_weight.dtype}, {pw_weight.dtype}; expected that of x, {x.dtype}"
-        )
-    return None
 
 
 def check_separable(op: str, x: Tensor, dw: tuple[str, Tensor], pw: tuple[str, Tensor], channels: int) -> int:
@@ -241,21 +280,12 @@ def sepconv(
         check_groups(NAME, channels, norm.num_groups)
         check_shape(NAME, "norm.weight", norm.weight, (channels,), x)
         check_shape(NAME, "norm.bias", norm.bias, (channels,), x)
-    if _backend.select(NAME, x.device.type, _unsupported(x, dw_weight, pw_weight)):
-        parameters = (None, None, 1, 1e-5) if norm is None else (norm.weight, norm.bias, norm.num_groups, norm.eps)
-        return torch.ops.snapgen.sepconv(
-            x,
-            dw_weight,
-            pw_weight,
-            dw_bias,
-            pw_bias,
-            *parameters[:2],
-            shift,
-            residual,
-            *parameters[2:],
-            stride,
-            upsample,
-        )[0]
+    norm_weight, norm_bias, num_groups, eps = (
+        (None, None, 1, 1e-5) if norm is None else (norm[1], norm[2], norm[0], norm[3])
+    )
+    tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias, norm_weight, norm_bias, shift, residual)
+    if _backend.select(NAME, x.device.type, _unsupported(*tensors)):
+        return torch.ops.snapgen.sepconv(*tensors, num_groups, eps, stride, upsample)[0]
     return _formula(group_norm_silu, x, dw_weight, pw_weight, dw_bias, pw_bias, norm, shift, residual, stride, upsample)
 
 
