@@ -7,12 +7,29 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bench import models
+from bench.models import MODELS, ModelCase
 from snapgen_kernels.testing import CASES, SPECS, Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MODES = ("fwd", "train")
 OPS = tuple(SPECS)
+SUITES = ("all", "ops", "models", "readme")
+
+# --suite readme: what the README's tables show, every op at the model's own shapes and every whole model.
+_README = {
+    "group_norm_silu": ("256ch-128",),
+    "sepconv": ("256ch-128",),
+    "resblock": ("256ch-128", "512ch-64", "896ch-32"),
+    "qk_norm_rope": ("self-14x64-1024",),
+    "attention": ("self-14x64-1024", "cross-14x64-1024-333"),
+    "geglu": ("896-2688-1024",),
+    "decoder_block": ("160ch-128", "128ch-512"),
+    "decoder": ("512px", "1024px"),
+    "denoiser": ("t2i-128x128",),
+    "train": ("tiny-b64", "t2i-quarter-b8"),
+}
 
 # --quick: the stages of the model where one op alone is quick, and one shape of the rest.
 _QUICK = {
@@ -34,11 +51,32 @@ _GPU_BATCH = (8,)
 _BACKWARD_FLOPS = {"attention": 2.5}
 
 
-def select(device: str, ops: tuple[str, ...], dtypes: tuple[str, ...], *, quick: bool, small: bool) -> list[Case]:
-    """The cases to run, in the order of the ops."""
+def named(suite: str) -> tuple[str, ...]:
+    """The ops and models that an entry of ``--suite`` stands for."""
+    return {"all": (*OPS, *MODELS), "ops": OPS, "models": MODELS, "readme": tuple(_README)}.get(suite, (suite,))
+
+
+def select_models(
+    names: tuple[str, ...], dtypes: tuple[str, ...], *, quick: bool, small: bool, readme: bool
+) -> list[ModelCase]:
+    """The model cases to run. Quick runs have none: one forward alone takes seconds."""
+    if quick:
+        return []
+    chosen = [case for case in models.CASES if case.op in names and case.bench != small]
+    if readme:
+        chosen = [case for case in chosen if case.name in _README[case.op]]
+    return [replace(case, dtype=DTYPES[dtype]) for case in chosen for dtype in dtypes if dtype != "fp16"]
+
+
+def select(
+    device: str, ops: tuple[str, ...], dtypes: tuple[str, ...], *, quick: bool, small: bool, readme: bool = False
+) -> list[Case]:
+    """The op cases to run, in the order of the ops."""
     chosen: list[Case] = []
     for op in ops:
         cases = [c for c in CASES[op] if c.bench != small and c.dtype == torch.float32 and c.layout == "channels_last"]
+        if readme and not small:
+            cases = [case for case in cases if case.name in _README[op]]
         if quick and not small:
             cases = [case for case in cases if case.name in _QUICK[op]]
         elif device == "cuda" and not small:
@@ -60,12 +98,14 @@ class Cost:
     bytes: int
 
 
-def costs(case: Case) -> dict[str, Cost]:
-    """Costs of ``fwd``, ``bwd`` and ``fwd+bwd``.
+def costs(case: Case | ModelCase) -> dict[str, Cost]:
+    """Costs of ``fwd``, ``bwd`` and ``fwd+bwd``; of a model, of its one mode (see :func:`bench.models.costs`).
 
     The forward's come from the op's contract. The backward reads the inputs and the gradients of the outputs and writes
     the gradients of the inputs, once each; its FLOPs are twice the forward's (attention: 2.5 times).
     """
+    if isinstance(case, ModelCase):
+        return {case.row_mode: Cost(*models.costs(case))}
     flops, moved = case.cost()
     written = sum(value.numel() * value.element_size() for value in _leaves(case))
     backward = Cost(int(flops * _BACKWARD_FLOPS.get(case.op, 2)), moved + written)

@@ -18,21 +18,23 @@ class Options:
     """Check the fused ops against fp64, then time them against PyTorch and other runtimes.
 
     Every case is checked first, and a wrong one stops the run with exit code 1. Providers are timed in turns within one
-    run. Modes: fwd (inference), bwd (backward alone, each time after an untimed forward of its own, nothing retained)
-    and fwd+bwd (their sum, from the same repetitions). Rows go to a CSV file that is only ever added to.
+    run. Whole models have random weights. Modes: fwd (inference), bwd (backward alone, each time after an untimed
+    forward of its own, nothing retained) and fwd+bwd (their sum, from the same repetitions). Rows go to a CSV file that
+    is only ever added to.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     suite: str = "all"
-    """Ops to run, separated by commas: all, group_norm_silu, sepconv, resblock, qk_norm_rope, attention, geglu,
-    decoder_block."""
+    """What to run, separated by commas: ops (group_norm_silu, sepconv, resblock, qk_norm_rope, attention, geglu,
+    decoder_block), whole models (decoder, denoiser, train; on the CPU), or ops, models, all; readme: what the README
+    shows."""
     case: str = ""
     """Only cases whose name contains this, such as 256ch."""
     dtype: str = ""
     """fp32, bf16, fp16, separated by commas (default: fp32,bf16 on the CPU, bf16 on CUDA)."""
     mode: str = "fwd,train"
-    """fwd, train (gives the rows bwd and fwd+bwd), or both."""
+    """fwd, train (gives the rows bwd and fwd+bwd; of the model case train: step, with the optimizer), or both."""
     providers: str = ""
     """fused, eager, eager-nchw, compile, compile-max, openvino, onnxruntime, separated by commas (default: all that
     are installed and fit the device; with --quick: fused, eager, eager-nchw)."""

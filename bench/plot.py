@@ -21,7 +21,17 @@ from snapgen.io import whole_file
 
 # Blue and orange stay apart for all kinds of colour vision; the dtypes keep theirs in every picture.
 _COLOURS = {"fp32": "#3056c8", "bf16": "#e07b39", "fp16": "#3f9b6c"}
-_MARKERS = {"fwd": "o", "bwd": "s", "fwd+bwd": "D"}
+_MODES = ("fwd", "bwd", "fwd+bwd", "step")
+# What is filled is ours.
+_PROVIDERS = {
+    "fused": "o",
+    "eager": "s",
+    "eager-nchw": "D",
+    "compile": "^",
+    "compile-max": "v",
+    "openvino": "P",
+    "onnxruntime": "X",
+}
 _GREY = "#8a8d93"
 _STYLE: Any = {
     "font.size": 9,
@@ -75,7 +85,7 @@ def speedups(groups: Sequence[Comparison], axes: Any) -> None:
     labels = list(dict.fromkeys((g.first.op, g.first.case) for g in groups))
     shown = _parts(groups)
     kinds = list(dict.fromkeys((g.first.dtype, g.first.mode) for g in shown))
-    kinds.sort(key=lambda kind: (list(_COLOURS).index(kind[0]), list(_MARKERS).index(kind[1])))
+    kinds.sort(key=lambda kind: (list(_COLOURS).index(kind[0]), _MODES.index(kind[1])))
     thickness = 0.8 / len(kinds)
     longest = max(g.speedup or 0 for g in shown)
     named: set[tuple[str, str]] = set()
@@ -106,7 +116,8 @@ def speedups(groups: Sequence[Comparison], axes: Any) -> None:
 
 
 def roofline(groups: Sequence[Comparison], axes: Any) -> None:
-    """Achieved GFLOP/s over FLOP/byte, the fused op (filled) and the best peer (hollow), under the measured roofs."""
+    """Achieved GFLOP/s over FLOP/byte under the measured roofs: a point for every case and provider, ours filled and
+    joined to the best peer's; a backward is paler."""
     groups = _parts(groups)
     intensities = [g.first.flops / g.first.bytes for g in groups]
     low, high = min(0.3, min(intensities) / 2), max(300.0, 2 * max(intensities))
@@ -124,11 +135,22 @@ def roofline(groups: Sequence[Comparison], axes: Any) -> None:
     for group in groups:
         fused, peer = group.fused, group.best_peer
         assert fused is not None and peer is not None  # _with_fused
-        x, colour, marker = fused.flops / fused.bytes, _COLOURS[fused.dtype], _MARKERS[fused.mode]
-        ours, theirs = (row.flops / row.p50_ms / 1e6 for row in (fused, peer))
-        axes.plot([x, x], [theirs, ours], color=colour, linewidth=0.7, alpha=0.5)
-        axes.plot(x, theirs, marker, markersize=5, markerfacecolor="white", markeredgecolor=colour)
-        axes.plot(x, ours, marker, markersize=5, color=colour)
+        x, colour = fused.flops / fused.bytes, _COLOURS[fused.dtype]
+        strength = 0.5 if fused.mode == "bwd" else 1.0
+        axes.plot([x, x], [peer.gflops, fused.gflops], color=colour, linewidth=0.7, alpha=0.5)
+        for row in group.rows:
+            if row.provider != "fused":
+                axes.plot(
+                    x,
+                    row.gflops,
+                    _PROVIDERS[row.provider],
+                    markersize=3.5,
+                    markerfacecolor="white",
+                    markeredgecolor=colour,
+                    markeredgewidth=0.6,
+                    alpha=0.8 * strength,
+                )
+        axes.plot(x, fused.gflops, "o", markersize=5.5, color=colour, alpha=strength)
     _name_ops(groups, axes)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -139,14 +161,14 @@ def roofline(groups: Sequence[Comparison], axes: Any) -> None:
     axes.set_xlabel("FLOP per byte that has to move")
     axes.set_ylabel("GFLOP/s")
     axes.set_title("Under this machine's roofline", loc="left", fontweight="bold")
-    handles = [
-        axes.plot([], [], marker, color="#44474d", linestyle="none", markersize=5, label=mode)[0]
-        for mode, marker in _MARKERS.items()
-        if any(g.first.mode == mode for g in groups)
-    ]
-    handles += axes.plot(
-        [], [], "o", color="#44474d", markerfacecolor="white", linestyle="none", markersize=5, label="best peer"
-    )
+    present = {row.provider for g in groups for row in g.rows}
+    handles: list[Any] = []
+    for name, marker in _PROVIDERS.items():
+        if name in present:
+            face = "#44474d" if name == "fused" else "white"
+            handles += axes.plot(
+                [], [], marker, color="#44474d", markerfacecolor=face, linestyle="none", markersize=5, label=name
+            )
     for dtype in dict.fromkeys(g.first.dtype for g in groups):
         handles += axes.plot([], [], "s", color=_COLOURS[dtype], linestyle="none", markersize=7, label=dtype)
     axes.legend(handles=handles, frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=6)
@@ -156,7 +178,7 @@ def _name_ops(groups: Sequence[Comparison], axes: Any) -> None:
     """The op's name once, below its lowest point."""
     for op in dict.fromkeys(g.first.op for g in groups):
         rows = [row for g in groups if g.first.op == op for row in (g.fused, g.best_peer) if row is not None]
-        points = [(row.flops / row.bytes, row.flops / row.p50_ms / 1e6) for row in rows]
+        points = [(row.flops / row.bytes, row.gflops) for row in rows]
         x, y = min(points, key=lambda point: point[1])
         axes.annotate(op, (x, y), (0, -7), textcoords="offset points", ha="center", va="top", fontsize=7)
 
@@ -215,17 +237,18 @@ def _note(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class _Options:
-    """Draw measured rows; pictures stand beside their CSV file, named after machine, malloc and thread count."""
+    """Draw measured rows; pictures are named after machine, malloc and thread count."""
 
     files: Positional[tuple[Path, ...]] = ()
     """CSV files (default: all of bench/results)."""
+    folder: Path | None = None
+    """Where the pictures go (default: beside the CSV file)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 where there is nothing to draw."""
-    files = tyro.cli(_Options, args=arguments, prog="python -m bench.plot").files or tuple(
-        sorted(RESULTS.glob("*.csv"))
-    )
+    options = tyro.cli(_Options, args=arguments, prog="python -m bench.plot")
+    files = options.files or tuple(sorted(RESULTS.glob("*.csv")))
     if not files:
         print(f"no rows in {RESULTS}: run `python -m bench` first", file=sys.stderr)
         return 2
@@ -233,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = read(file)
         for malloc, threads in dict.fromkeys((row.malloc, row.threads) for row in rows):
             chosen = [row for row in rows if (row.malloc, row.threads) == (malloc, threads)]
-            for path in pictures(chosen, file.with_name(f"{file.stem}-{malloc}-{threads}")):
+            for path in pictures(chosen, (options.folder or file.parent) / f"{file.stem}-{malloc}-{threads}"):
                 print(f"wrote {path}")
     return 0
 

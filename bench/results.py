@@ -51,6 +51,16 @@ class Row:
     triton: str
     snapgen: str
 
+    @property
+    def gflops(self) -> float:
+        """GFLOP/s at the median."""
+        return self.flops / self.p50_ms / 1e6
+
+    @property
+    def share(self) -> float:
+        """GFLOP/s over those of a large matrix product of its dtype, measured in the same run."""
+        return self.gflops / self.gemm_gflops
+
 
 COLUMNS = tuple(field.name for field in fields(Row))
 _NUMBERS = {f.name: {"int": int, "float": float}[str(f.type)] for f in fields(Row) if f.type in ("int", "float")}

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 import snapgen_kernels
 from bench import cases, limits, machine, show
+from bench.models import MODELS, ModelCase
 from bench.options import Options, UsageError, listed
 from bench.providers import NAMES, Provider, all_providers
 from bench.results import Row, append
@@ -52,7 +53,7 @@ def session(options: Options, console: Console) -> int:
     rates = limits.measure(options.device, dtypes, 0.25 if options.quick or options.small else 1.0)
     show.limits(console, rates)
 
-    def report(case: Case, rows: list[Row]) -> None:
+    def report(case: Case | ModelCase, rows: list[Row]) -> None:
         show.rows(console, case, rows)
         if out is not None and rows:
             append(out, rows)
@@ -76,8 +77,11 @@ def make_plan(options: Options, console: Console) -> Plan:
     Raises:
         UsageError: an entry is not allowed, or nothing is left.
     """
-    ops = cases.OPS if options.suite == "all" else listed("suite", options.suite, ("all", *cases.OPS))
-    ops = cases.OPS if "all" in ops else ops
+    entries = listed("suite", options.suite, (*cases.SUITES, *cases.OPS, *MODELS))
+    names = tuple(dict.fromkeys(name for entry in entries for name in cases.named(entry)))
+    ops = tuple(name for name in names if name in cases.OPS)
+    if options.device != "cpu" and not ops:
+        raise UsageError(f"--suite {options.suite}: whole models are timed on the CPU only")
     if options.quick:
         unavailable = {op: _backend.missing_kernel(op, options.device) for op in ops}
         for op, reason in unavailable.items():
@@ -86,7 +90,10 @@ def make_plan(options: Options, console: Console) -> Plan:
         ops = tuple(op for op in ops if unavailable[op] is None)
     default = "bf16" if options.device == "cuda" else "fp32,bf16"
     dtypes = listed("dtype", options.dtype or default, tuple(cases.DTYPES))
-    chosen = cases.select(options.device, ops, dtypes, quick=options.quick, small=options.small)
+    size = dict(quick=options.quick, small=options.small, readme=entries == ("readme",))
+    chosen: list[Case | ModelCase] = [*cases.select(options.device, ops, dtypes, **size)]
+    if options.device == "cpu":
+        chosen += cases.select_models(names, dtypes, **size)
     chosen = [case for case in chosen if options.case in case.name]
     if not chosen:
         raise UsageError(
@@ -130,7 +137,7 @@ def _dry_run(options: Options, plan: Plan, console: Console) -> int:
     show.limits(console, rates)
     show.plan(console, plan, rates)
     fused = snapgen_kernels.backends()["ops"]
-    for op in dict.fromkeys(case.op for case in plan.cases):
+    for op in dict.fromkeys(case.op for case in plan.cases if not isinstance(case, ModelCase)):
         console.print(f"{op}: {fused[op][options.device]}", soft_wrap=True)
     console.print("dry run: nothing was checked, timed or written")
     return 0
@@ -149,7 +156,7 @@ def _write(options: Options, rates: limits.Limits, provenance: machine.Provenanc
             {
                 "machine": asdict(provenance),
                 "limits": {"gemm_flops_per_s": rates.gemm, "copy_bytes_per_s": [list(pair) for pair in rates.copy]},
-                "rows": [asdict(row) for row in outcome.rows],
+                "rows": [{**asdict(row), "gflops": row.gflops, "share_of_gemm": row.share} for row in outcome.rows],
                 "missing": [dict(zip(("case", "provider", "reason"), entry, strict=True)) for entry in outcome.missing],
             },
         )

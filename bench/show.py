@@ -11,6 +11,7 @@ from rich.table import Table
 from bench.cases import DTYPE_NAMES, costs
 from bench.limits import Limits
 from bench.machine import Provenance
+from bench.models import ModelCase
 from bench.results import Row, compare
 from bench.runner import Plan
 from snapgen_kernels.testing import Case
@@ -58,12 +59,13 @@ def plan(console: Console, chosen: Plan, rates: Limits) -> None:
             console.print(f"{case.op} {mode} would be timed by: {', '.join(who) or 'nobody'}", soft_wrap=True)
 
 
-def rows(console: Console, case: Case, measured: Sequence[Row]) -> None:
+def rows(console: Console, case: Case | ModelCase, measured: Sequence[Row]) -> None:
     """The providers of one case side by side, in each mode. ``gain``: the time of the best peer (the fastest but fused)
-    over its own; ``floor``: share of the time that the machine's limits allow."""
+    over its own; ``floor``: share of the time that the machine's limits allow; ``GEMM``: share of a large product's
+    rate."""
     title = f"{case.op} {case.name} {DTYPE_NAMES[case.dtype]}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
-    for heading in ("mode", "provider", "ms", "p20 .. p80", "gain", "floor", "GFLOP/s", "GB/s", "peak"):
+    for heading in ("mode", "provider", "ms", "p20 .. p80", "gain", "floor", "GFLOP/s", "GEMM", "GB/s", "peak"):
         left = heading in ("mode", "provider")
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for group in compare(measured):
@@ -78,7 +80,8 @@ def rows(console: Console, case: Case, measured: Sequence[Row]) -> None:
                 f"{_ms(row.p20_ms)} .. {_ms(row.p80_ms)}",
                 ratio,
                 f"{row.floor_ms / row.p50_ms:.0%}",
-                f"{row.flops / row.p50_ms / 1e6:.1f}",
+                f"{row.gflops:.1f}",
+                f"{row.share:.0%}",
                 f"{row.bytes / row.p50_ms / 1e6:.1f}",
                 "" if row.peak_bytes < 0 else f"{si(row.peak_bytes)}B",
                 style=style,

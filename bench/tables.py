@@ -15,6 +15,7 @@ import tyro
 from tyro.conf import Positional
 
 from bench.machine import RESULTS
+from bench.models import MODELS
 from bench.providers import NAMES
 from bench.results import Comparison, Row, compare, read
 from snapgen.config import SHIPPED
@@ -26,9 +27,11 @@ SCORES_BEGIN, SCORES_END = "<!-- scores:begin -->", "<!-- scores:end -->"
 SCORES = SHIPPED / "tiny" / "scores.json"  # written by `snapgen eval tiny --untrained -o`
 _EMPTY = "No rows are recorded yet: `python -m bench` measures this machine and appends them to `bench/results/`."
 _LEGEND = (
-    "Medians in milliseconds, providers in turns within one run. *Gain*: the best peer's time over ours. *Floor*: the "
-    "share of the time that the machine's own matrix products and memory copies, measured in the same run, allow. "
-    "*bwd* is the backward pass alone."
+    "Medians in milliseconds, providers in turns within one run. *Gain*: the best peer's time over ours. *Stock*: the "
+    "same with glibc's malloc as it comes, which is otherwise told to keep its pages. *GEMM*: our FLOP/s over those of "
+    "a large matrix product. *Floor*: the share of the time that the machine's own matrix products and memory copies, "
+    "measured in the same run, allow. *Memory*: our peak beyond weights and inputs over PyTorch's. *bwd* is the "
+    "backward pass alone, *step* a whole training step with its optimizer. Whole models have random weights."
 )
 
 
@@ -36,19 +39,33 @@ class MarkerError(ValueError):
     """The file lacks the two marker lines, or has them in the wrong order."""
 
 
+Key = tuple[str, str, str, str]
+
+
 def tables(rows: Sequence[Row]) -> str:
-    """Markdown: for every device, thread count and malloc a table with a line for each op, case, dtype and mode."""
+    """Markdown: for every device, thread count and malloc a table of the ops and one of whole models, with a line for
+    each case, dtype and mode. What was measured with a stock malloc stands as a column beside what was not."""
     groups = compare(rows)
     if not groups:
         return _EMPTY
-    machines: dict[tuple[str, int, str], list[Comparison]] = {}
+    machines: dict[tuple[str, int], dict[str, list[Comparison]]] = {}
     for group in groups:
         first = group.first
-        machines.setdefault((first.device, first.threads, first.malloc), []).append(group)
-    return "\n\n".join([_LEGEND, *(_machine(members) for members in machines.values())])
+        machines.setdefault((first.device, first.threads), {}).setdefault(first.malloc, []).append(group)
+    found = [_LEGEND]
+    for by_malloc in machines.values():
+        stock = {_key(group): group for group in by_malloc.get("stock", [])} if "tuned" in by_malloc else {}
+        found += [
+            _machine(members, stock) for malloc, members in by_malloc.items() if not (stock and malloc == "stock")
+        ]
+    return "\n\n".join(found)
 
 
-def _machine(groups: Sequence[Comparison]) -> str:
+def _key(group: Comparison) -> Key:
+    return group.first.op, group.first.case, group.first.dtype, group.first.mode
+
+
+def _machine(groups: Sequence[Comparison], stock: Mapping[Key, Comparison]) -> str:
     row = max((group.first for group in groups), key=lambda row: row.date)
     commits = ", ".join(dict.fromkeys(group.first.commit for group in groups))
     about = (
@@ -57,13 +74,23 @@ def _machine(groups: Sequence[Comparison]) -> str:
         + ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in _rates(groups).items())
         + " GFLOP/s"
     )
+    # The sum of bwd and a forward is in the CSV file.
+    shown = [group for group in groups if group.first.mode != "fwd+bwd"]
+    whole = [group for group in shown if group.first.op in MODELS]
+    single = [group for group in shown if group.first.op not in MODELS]
+    parts = [_table(members, stock, what) for what, members in (("op", single), ("model", whole)) if members]
+    return "\n\n".join([about, *parts])
+
+
+def _table(groups: Sequence[Comparison], stock: Mapping[Key, Comparison], what: str) -> str:
     present = {row.provider for group in groups for row in group.rows}
     providers = [name for name in NAMES if name in present]
-    headings = ["op", "case", "dtype", "mode", *providers, "gain", "floor"]
-    lines = [about, "", _line(headings), "|---|---|---|---|" + "---:|" * (len(providers) + 2)]
+    extra = ["gain", *(["stock"] if any(_key(group) in stock for group in groups) else []), "GEMM", "floor"]
+    if what == "model":
+        extra.append("memory")
+    lines = [_line([what, "case", "dtype", "mode", *providers, *extra])]
+    lines.append("|---|---|---|---|" + "---:|" * (len(providers) + len(extra)))
     for group in groups:
-        if group.first.mode == "fwd+bwd":  # the sum of the other two, in the CSV file
-            continue
         first, fused, gain = group.first, group.fused, group.speedup
         cells = [f"`{first.op}`", first.case, first.dtype, first.mode]
         fastest = min(group.rows, key=lambda r: r.p50_ms).provider
@@ -71,10 +98,24 @@ def _machine(groups: Sequence[Comparison]) -> str:
             found = group.of(name)
             text = "" if found is None else _ms(found.p50_ms)
             cells.append(f"**{text}**" if name == fastest else text)
-        cells.append("" if gain is None else f"{gain:.2f}x")
-        cells.append("" if fused is None else f"{fused.floor_ms / fused.p50_ms:.0%}")
-        lines.append(_line(cells))
+        out_of_the_box = stock[_key(group)].speedup if _key(group) in stock else None
+        values = {
+            "gain": "" if gain is None else f"{gain:.2f}x",
+            "stock": "" if out_of_the_box is None else f"{out_of_the_box:.2f}x",
+            "GEMM": "" if fused is None else f"{fused.share:.0%}",
+            "floor": "" if fused is None else f"{fused.floor_ms / fused.p50_ms:.0%}",
+            "memory": _memory(group),
+        }
+        lines.append(_line([*cells, *(values[name] for name in extra)]))
     return "\n".join(lines)
+
+
+def _memory(group: Comparison) -> str:
+    """Our peak memory over that of plain PyTorch."""
+    fused, eager = group.fused, group.of("eager")
+    if fused is None or eager is None or min(fused.peak_bytes, eager.peak_bytes) <= 0:
+        return ""
+    return f"{fused.peak_bytes / eager.peak_bytes:.2f}x"
 
 
 def _rates(groups: Sequence[Comparison]) -> dict[str, float]:

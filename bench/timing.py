@@ -14,6 +14,7 @@ from torch import Tensor
 from snapgen_kernels.checks import outputs_of, upstream_of
 
 _FEWEST = 5  # rounds, however slow the case
+_FEWEST_SLOW = 3  # where one round takes longer than all were meant to
 _MOST = 500
 
 
@@ -24,11 +25,13 @@ class Prepared:
     Attributes:
         call: what is timed. leaves: what gradients are asked of.
         outputs: turns what ``call`` gave into tensors, for runtimes that have arrays of their own.
+        whole: the call is all there is to time: a model's forward, or a training step with its backward inside.
     """
 
     call: Callable[[], object]
     leaves: tuple[Tensor, ...] = ()
     outputs: Callable[[object], tuple[Tensor, ...]] = outputs_of
+    whole: bool = False
 
 
 # A step is what one repetition does: the parts are timed one by one.
@@ -36,7 +39,7 @@ Step = Sequence[Callable[[], None]]
 
 
 def inference_step(prepared: Prepared) -> Step:
-    """One forward without gradients."""
+    """The call alone: one forward without gradients, or a step that has its backward inside."""
 
     def forward() -> None:
         prepared.call()  # the output is freed here, inside the measurement, for all alike
@@ -86,7 +89,8 @@ class Clock:
 
 
 def interleaved(steps: Mapping[str, Step], clock: Clock, seconds: float) -> dict[str, list[list[float]]]:
-    """Run all steps in turns for about ``seconds``, at least five rounds, and return each one's times in ms.
+    """Run all steps in turns for about ``seconds``, at least five rounds (three where one round takes longer than
+    ``seconds``), and return each one's times in ms.
 
     The order rotates, so that no provider always follows the same one.
     """
@@ -98,9 +102,13 @@ def interleaved(steps: Mapping[str, Step], clock: Clock, seconds: float) -> dict
             clock(steps[name])
     found: dict[str, list[list[float]]] = {name: [] for name in names}
     with _no_gc():
-        end = time.perf_counter() + seconds
+        begin = time.perf_counter()
+        fewest = _FEWEST
         for round_ in range(_MOST):
-            if round_ >= _FEWEST and time.perf_counter() > end:
+            spent = time.perf_counter() - begin
+            if round_ == 1 and spent > seconds:
+                fewest = _FEWEST_SLOW
+            if round_ >= fewest and spent > seconds:
                 break
             for offset in range(len(names)):
                 name = names[(round_ + offset) % len(names)]

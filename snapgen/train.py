@@ -131,7 +131,7 @@ def train(task: Task, data: Any, config: TrainConfig, out: Path, *, console: Con
         since, seen = time.perf_counter(), 0
         totals: dict[str, Tensor] = {}
         while state.step < config.steps:
-            figures = _step(task, config, state, stream)
+            figures = optimizer_step(task, config, state, stream)
             seen += config.batch_size * config.accumulate
             for name, value in figures.items():
                 totals[name] = totals.get(name, torch.zeros(())) + value
@@ -162,7 +162,7 @@ def train(task: Task, data: Any, config: TrainConfig, out: Path, *, console: Con
     return out / "export"
 
 
-def _step(task: Task, config: TrainConfig, state: TrainState, stream: Iterator[Any]) -> dict[str, Tensor]:
+def optimizer_step(task: Task, config: TrainConfig, state: TrainState, stream: Iterator[Any]) -> dict[str, Tensor]:
     """One optimizer step; returns the mean of every figure over its micro-batches, on the device."""
     figures: dict[str, Tensor] = {}
     for micro in range(config.accumulate):

@@ -15,10 +15,12 @@ from PIL import Image
 from rich.console import Console
 
 import bench.__main__ as command
-from bench import cases, limits, machine, malloc, plot, tables
+from bench import cases, limits, machine, malloc, models, plot, tables
+from bench.plain import plain
 from bench.providers import NAMES, all_providers
 from bench.results import COLUMNS, Row, append, compare, read
 from bench.runner import Plan, check
+from bench.session import make_plan
 from bench.timing import Clock, Prepared, inference_step, interleaved, peak_bytes, training_step
 from snapgen_kernels import FusedUnavailable, _backend
 from snapgen_kernels.testing import CASES, SPECS, Case, bench_cases, small_cases
@@ -41,7 +43,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def row(**changes: object) -> Row:
-    measured = dict(p20_ms=1.0, p50_ms=2.0, p80_ms=3.0, repeats=5, flops=10**9, bytes=10**6, floor_ms=1.0)
+    measured = dict(p20_ms=1.0, p50_ms=2.0, p80_ms=3.0, repeats=5, flops=10**8, bytes=10**6, floor_ms=1.0)
     rates = dict(gemm_gflops=190.0, copy_gbs=40.0, peak_bytes=100, checked="same shape", provider_version="1")
     where = dict(
         date="2026-01-01T00:00:00+00:00", commit="abc", device="a processor, 2 cores", variant="avx2", threads=2,
@@ -184,7 +186,7 @@ def test_without_a_gpu_there_is_one_clear_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--suite", "resnet"), "--suite is 'resnet'; allowed: all, group_norm_silu"),
+        (("--suite", "resnet"), "--suite is 'resnet'; allowed: all, ops, models, readme, group_norm_silu"),
         (("--dtype", "int8"), "--dtype is 'int8'; allowed: fp32, bf16, fp16"),
         (("--mode", "forward"), "--mode is 'forward'; allowed: fwd, train"),
         (("--providers", "eager,tvm"), "--providers is 'tvm'; allowed: fused, eager"),
@@ -275,6 +277,114 @@ def test_the_check_says_what_it_compared(monkeypatch: pytest.MonkeyPatch) -> Non
     assert check(case, plan) == "at 1x8x6"
     with pytest.raises(FusedUnavailable, match=r"x has dtype torch\.float16"):
         check(replace(case, dtype=torch.float16), plan)
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+SMALL = {str(case): case for case in models.CASES if not case.bench}
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_models_are_checked_and_timed(name: str, tmp_path: Path) -> None:
+    case, out = SMALL[name], tmp_path / "rows.csv"
+    dtypes = ("fp32",) if name == "train-small-float32" else ("fp32", "bf16")  # the whole trainer: once is enough
+    code, text = run(
+        "--small", "--suite", case.op, "--case", case.name, "--seconds", "0.02", "--out", str(out),
+        "--providers", "fused,eager,eager-nchw", "--dtype", ",".join(dtypes),
+    )  # fmt: skip
+    assert code == 0, text
+    rows = [r for r in read(out) if r.case == case.name]
+    providers = {"fused", "eager", "eager-nchw"} if KERNEL else {"eager", "eager-nchw"}
+    assert {(r.dtype, r.provider) for r in rows} == {(d, p) for d in dtypes for p in providers}
+    assert {r.mode for r in rows} == {"step" if case.op == "train" else "fwd"}
+    for r in rows:
+        assert r.checked == (f"at {case.batch}x{case.side}x{case.side}" if KERNEL else "no kernel")
+        assert r.flops > 0 and r.bytes > 0 and r.peak_bytes > 0
+        assert r.share == pytest.approx(r.flops / r.p50_ms / 1e6 / r.gemm_gflops)
+
+
+@pytest.mark.skipif(not KERNEL, reason="without a kernel there is nothing that could be wrong")
+@pytest.mark.parametrize("op", models.MODELS)
+def test_a_wrong_model_is_not_timed(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that PyTorch computes right and the fused model wrong."""
+    from snapgen_kernels import decoder_block, resblock
+
+    module = decoder_block if op == "decoder" else resblock
+    places = [(m, n) for m in list(sys.modules.values()) if m.__name__.startswith("snapgen")
+              for n, value in vars(m).items() if value is module]  # fmt: skip
+    assert places
+    with plain():  # the yardstick knows the right one
+        pass
+    for place, attribute in places:
+        monkeypatch.setattr(place, attribute, lambda *a, **k: 1.01 * module(*a, **k))
+    out = tmp_path / "rows.csv"
+    code, text = run("--small", "--suite", op, "--case", "small", "--dtype", "fp32", "--out", str(out))
+    assert code == 1, text
+    assert f"wrong: {op}-small" in text and "allowed" in text
+    assert not out.exists()
+
+
+def test_inside_plain_no_op_of_ours_is_called() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import snapgen_kernels
+
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    before = snapgen_kernels.sepconv
+    case = replace(SMALL["denoiser-small-float32"], dtype=torch.bfloat16)
+    network, inputs = models.build(case), models.feeds(case)
+    with plain(), torch.no_grad(), Watch():
+        assert snapgen_kernels.sepconv is not before
+        models.run(network, inputs)
+    assert snapgen_kernels.sepconv is before
+    assert not [name for name in seen if "snapgen" in name]
+    norms = [name for name in seen if "native_group_norm" in name]
+    assert norms, "the norm is PyTorch's own"
+
+
+def test_the_readme_suite_has_every_op_and_every_model() -> None:
+    plan = make_plan(command.parse(("--suite", "readme")), Console(file=StringIO()))
+    assert {case.op for case in plan.cases} == {*cases.OPS, *models.MODELS}
+    assert {case.dtype for case in plan.cases} == {torch.float32, torch.bfloat16}
+    everything = make_plan(command.parse(("--suite", "all")), Console(file=StringIO()))
+    assert {str(case) for case in plan.cases} < {str(case) for case in everything.cases}
+
+
+def test_models_count_what_info_counts() -> None:
+    from snapgen.config import PRESETS
+    from snapgen.info import decoder_counts, denoiser_counts
+
+    decoder, denoiser = (
+        next(c for c in models.CASES if str(c).startswith(n)) for n in ("decoder-1024", "denoiser-t2i-128")
+    )
+    flops, moved = models.costs(decoder)
+    counted = decoder_counts(PRESETS["t2i-1024"])[""]
+    assert flops == 2 * counted.macs
+    assert moved == 4 * (counted.params + 16 * 128 * 128 + 3 * 1024 * 1024)
+    flops, _ = models.costs(denoiser)
+    short = 2 * denoiser_counts(PRESETS["t2i-1024"].denoiser)[""].macs  # with 77 tokens for 333
+    assert short < flops < 1.05 * short
+    half = models.costs(replace(decoder, dtype=torch.bfloat16))
+    assert half == (models.costs(decoder)[0], moved // 2)
+
+
+def test_a_training_step_trains_and_is_the_same_for_all() -> None:
+    case, losses = SMALL["train-latents-float32"], {}
+    for layout in ("channels_last", "contiguous"):
+        with plain():
+            step = models.training(case, layout=layout)
+            losses[layout] = [step().item() for _ in range(4)]
+    step = models.training(case)
+    losses["fused"] = [step().item() for _ in range(4)]
+    assert len(set(losses["fused"])) == 4
+    for found in losses.values():
+        assert found == pytest.approx(losses["channels_last"], rel=1e-3)
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -424,13 +534,28 @@ def test_tables_are_rewritten_between_the_markers_and_then_up_to_date(
     assert tables.main(here) == 0
     text = readme.read_text()
     assert text.startswith("# Title\n") and text.endswith("\nmore\n")
-    assert "| op | case | dtype | mode | fused | eager | gain | floor |" in text
-    assert "| `resblock` | 256ch-128 | fp32 | fwd | **2.00** | 3.00 | 1.50x | 50% |" in text
-    assert "| `resblock` | 256ch-128 | fp32 | bwd | **0.500** |  |  | 200% |" in text
+    assert "| op | case | dtype | mode | fused | eager | gain | GEMM | floor |" in text
+    assert "| `resblock` | 256ch-128 | fp32 | fwd | **2.00** | 3.00 | 1.50x | 26% | 50% |" in text
+    assert "| `resblock` | 256ch-128 | fp32 | bwd | **0.500** |  |  | 105% | 200% |" in text
     assert "77.7" not in text
     assert tables.main((*here, "--check")) == 0
     assert tables.main(here) == 0
     assert readme.read_text() == text
+
+
+def test_whole_models_have_a_table_and_a_stock_malloc_a_column() -> None:
+    model = dict(op="decoder", case="512px")
+    rows = [
+        row(**model, p50_ms=2.0, peak_bytes=100), row(**model, provider="eager", p50_ms=3.0, peak_bytes=400),
+        row(**model, malloc="stock", p50_ms=4.0), row(**model, malloc="stock", provider="eager", p50_ms=20.0),
+        row(),
+    ]  # fmt: skip
+    text = tables.tables(rows)
+    assert "| model | case | dtype | mode | fused | eager | gain | stock | GEMM | floor | memory |" in text
+    assert "| `decoder` | 512px | fp32 | fwd | **2.00** | 3.00 | 1.50x | 5.00x | 26% | 50% | 0.25x |" in text
+    assert "| op | case | dtype | mode | fused | gain | GEMM | floor |" in text
+    assert "malloc stock" not in text, "one machine, one table of each kind"
+    assert "malloc stock" in tables.tables(rows[2:4])
 
 
 def test_tables_need_their_markers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,6 +579,8 @@ def test_pictures_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     speedup = drawn["machine-tuned-2-speedup.svg"].read_bytes()
     with Image.open(drawn["machine-tuned-2-roofline.png"]) as picture:
         assert len(picture.convert("RGB").resize((200, 150)).getcolors(200 * 150)) > 20
+    assert plot.main([str(file), "--folder", str(tmp_path / "docs")]) == 0
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == names
     assert plot.main([str(file)]) == 0
     assert drawn["machine-tuned-2-speedup.svg"].read_bytes() == speedup, "the same rows give the same file"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from bench.models import ModelCase
 from bench.timing import Prepared
 from snapgen_kernels.testing import Case
 
@@ -28,10 +29,10 @@ class Provider(Protocol):
     def absent(self, device: str) -> str | None:
         """None if it can be used on this machine and device, else what is missing."""
 
-    def unfit(self, case: Case, device: str, train: bool) -> str | None:
+    def unfit(self, case: Case | ModelCase, device: str, train: bool) -> str | None:
         """None if it can run this case, else why not."""
 
-    def prepare(self, case: Case, device: str, train: bool) -> Prepared:
+    def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
         """Inputs and callable; with ``train``, leaves that require gradients.
 
         Raises:

@@ -7,8 +7,9 @@ import shutil
 
 import torch
 
+from bench.models import ModelCase
 from bench.providers import Unusable
-from bench.providers.eager import leaves
+from bench.providers.eager import drawn, leaves, plain_model
 from bench.timing import Prepared
 from snapgen_kernels import _backend
 from snapgen_kernels.testing import Case
@@ -33,15 +34,19 @@ class Compiled:
         compiler = os.environ.get("CXX", "g++")
         return None if shutil.which(compiler) else f"torch.compile needs a C++ compiler: {compiler} is not there"
 
-    def unfit(self, case: Case, device: str, train: bool) -> str | None:
+    def unfit(self, case: Case | ModelCase, device: str, train: bool) -> str | None:
         return None
 
-    def prepare(self, case: Case, device: str, train: bool) -> Prepared:
-        inputs = case.inputs(device, requires_grad=train)
+    def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
         torch._dynamo.reset()
-        function = torch.compile(case.spec.eager, mode=self.mode, fullgraph=True, dynamic=False)
+        if isinstance(case, ModelCase):
+            prepared = plain_model(case, compiled=True)
+        else:
+            inputs = drawn(case, device, train)
+            function = torch.compile(case.spec.eager, mode=self.mode, fullgraph=True, dynamic=False)
+            prepared = Prepared(lambda: function(inputs), leaves(case, inputs))
         try:
-            function(inputs)
+            prepared.call()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise Unusable(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
-        return Prepared(lambda: function(inputs), leaves(case, inputs))
+        return prepared

@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from bench import models
+from bench.models import ModelCase
+from bench.plain import plain
 from bench.timing import Prepared
 from snapgen_kernels.checks import leaves_of
 from snapgen_kernels.testing import Case, Inputs
+
+
+def drawn(case: Case, device: str, train: bool) -> Inputs:
+    """The case's inputs as ordinary tensors: those made in inference mode tell nobody when they change, so that nothing
+    made of a weight could be kept."""
+    with torch.inference_mode(False):
+        return case.inputs(device, requires_grad=train)
+
+
+def plain_model(case: ModelCase, *, layout: str = "channels_last", compiled: bool = False) -> Prepared:
+    """A model of plain PyTorch: its forward, or its training step."""
+    if case.op == "train":
+        step = models.training(case, layout=layout, compiled=compiled)
+    else:
+        network, activations = models.network_and_feeds(case)
+        if layout == "contiguous":
+            network = models.contiguous(network, case)
+        forward: Any = torch.compile(network, fullgraph=True, dynamic=False) if compiled else network
+
+        def step() -> torch.Tensor:
+            return models.run(forward, activations)
+
+    def call() -> torch.Tensor:
+        with plain():
+            return step()
+
+    return Prepared(call, whole=True)
 
 
 def leaves(case: Case, inputs: Inputs) -> tuple[torch.Tensor, ...]:
@@ -27,11 +58,13 @@ class Eager:
     def absent(self, device: str) -> str | None:
         return None
 
-    def unfit(self, case: Case, device: str, train: bool) -> str | None:
-        if self.layout == "contiguous" and "W" not in case.dims:
+    def unfit(self, case: Case | ModelCase, device: str, train: bool) -> str | None:
+        if self.layout == "contiguous" and not isinstance(case, ModelCase) and "W" not in case.dims:
             return "tokens have one layout, which eager is timed in"
         return None
 
-    def prepare(self, case: Case, device: str, train: bool) -> Prepared:
-        inputs = replace(case, layout=self.layout).inputs(device, requires_grad=train)
+    def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
+        if isinstance(case, ModelCase):
+            return plain_model(case, layout=self.layout)
+        inputs = drawn(replace(case, layout=self.layout), device, train)
         return Prepared(lambda: case.spec.eager(inputs), leaves(case, inputs))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 import snapgen_kernels
-from bench.providers.eager import leaves
+from bench import models
+from bench.models import ModelCase
+from bench.providers.eager import drawn, leaves
 from bench.timing import Prepared
 from snapgen_kernels import _backend
 from snapgen_kernels.testing import Case, Inputs
@@ -15,8 +19,24 @@ def strictly(case: Case, inputs: Inputs) -> object:
         return case.spec.public(inputs)
 
 
+def _model(case: ModelCase) -> Prepared:
+    if case.op == "train":
+        step = models.training(case)
+    else:
+        network, activations = models.network_and_feeds(case)
+
+        def step() -> torch.Tensor:
+            return models.run(network, activations)
+
+    def call() -> torch.Tensor:
+        with snapgen_kernels.use("auto"):
+            return step()
+
+    return Prepared(call, whole=True)
+
+
 class Fused:
-    """``snapgen_kernels`` under ``use("fused")``."""
+    """``snapgen_kernels`` under ``use("fused")``; whole models as users run them, under ``use("auto")``."""
 
     name = "fused"
     in_torch = True
@@ -32,9 +52,13 @@ class Fused:
     def absent(self, device: str) -> str | None:
         return None
 
-    def unfit(self, case: Case, device: str, train: bool) -> str | None:
+    def unfit(self, case: Case | ModelCase, device: str, train: bool) -> str | None:
+        if isinstance(case, ModelCase):
+            return _backend.extension().reason
         return _backend.missing_kernel(case.op, device)
 
-    def prepare(self, case: Case, device: str, train: bool) -> Prepared:
-        inputs = case.inputs(device, requires_grad=train)
+    def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
+        if isinstance(case, ModelCase):
+            return _model(case)
+        inputs = drawn(case, device, train)
         return Prepared(lambda: strictly(case, inputs), leaves(case, inputs))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bench.models import ModelCase
 from bench.providers import Unusable
 from bench.providers.exported import exported
 from bench.timing import Prepared
@@ -41,14 +42,14 @@ class OnnxRuntime:
         missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(missing)} (pip install onnxruntime onnx)" if missing else None
 
-    def unfit(self, case: Case, device: str, train: bool) -> str | None:
+    def unfit(self, case: Case | ModelCase, device: str, train: bool) -> str | None:
         if train:
             return "ONNX Runtime has no backward in its inference package"
         if case.dtype != torch.float32:
             return "ONNX Runtime's CPU provider computes these ops in fp32 only"
         return None
 
-    def prepare(self, case: Case, device: str, train: bool) -> Prepared:
+    def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
         import onnxruntime
 
         module, feeds = exported(case)
@@ -75,7 +76,7 @@ class OnnxRuntime:
             session.run_with_iobinding(binding)
             return feeds and binding.get_outputs()  # the session reads the feeds' memory and does not keep it alive
 
-        return Prepared(call, outputs=_tensors)
+        return Prepared(call, outputs=_tensors, whole=isinstance(case, ModelCase))
 
 
 def _tensors(found: Any) -> tuple[torch.Tensor, ...]:

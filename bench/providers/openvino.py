@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from importlib import metadata
 from typing import Any
 
 import torch
 
+from bench.models import ModelCase
 from bench.providers.exported import exported
 from bench.timing import Prepared
 from snapgen_kernels.testing import Case
@@ -27,18 +29,20 @@ class OpenVino:
             return "OpenVINO is timed on the CPU only"
         return None if self.version else "openvino is not installed (pip install openvino)"
 
-    def unfit(self, case: Case, device: str, train: bool) -> str | None:
+    def unfit(self, case: Case | ModelCase, device: str, train: bool) -> str | None:
         if train:
             return "OpenVINO has no backward"
         if case.dtype not in (torch.float32, torch.bfloat16):
             return f"OpenVINO is timed in fp32 and bf16, not {case.dtype}"
         return None
 
-    def prepare(self, case: Case, device: str, train: bool) -> Prepared:
+    def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
         import openvino
 
         module, feeds = exported(case)
-        model = openvino.convert_model(module, example_input=feeds)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # shapes are constants, as they are meant to be
+            model = openvino.convert_model(module, example_input=feeds)
         # OpenVINO picks a narrower type than the model's where the processor has one, unless told.
         precision = "bf16" if case.dtype == torch.bfloat16 else "f32"
         settings = {
@@ -53,7 +57,7 @@ class OpenVino:
         def call() -> Any:
             return feeds and request.infer()  # the request reads the feeds' memory and does not keep it alive
 
-        return Prepared(call, outputs=_tensors)
+        return Prepared(call, outputs=_tensors, whole=isinstance(case, ModelCase))
 
 
 def _tensors(found: Any) -> tuple[torch.Tensor, ...]:

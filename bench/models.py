@@ -1,0 +1,382 @@
+"""Whole models as cases: the decoder, one forward of the denoiser, one training step. Weights are random.
+
+A :class:`ModelCase` stands beside the ops' cases in a run. All providers of a case share its weights and inputs, but a
+training step has its own for each provider, since it changes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import snapgen_kernels
+from bench.plain import plain
+from snapgen.config import PRESETS, Preset
+from snapgen_kernels.checks import assert_close
+
+MODELS = ("decoder", "denoiser", "train")
+TEXT_TOKENS = 333  # 77 of CLIP and 256 of Gemma-2, as t2i-1024 reads them
+CHECK_SIDE = 16  # side of the latents that are checked: fp64 at the model's own size would take minutes
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One model at one size.
+
+    Attributes:
+        op: ``decoder``, ``denoiser`` or ``train``. name: unique within it.
+        side: of the square latents. tokens: of the text. narrow: what every width of the preset is divided by.
+        bench: False for the sizes that tests use.
+    """
+
+    op: str
+    name: str
+    preset: str
+    side: int
+    batch: int = 1
+    tokens: int = TEXT_TOKENS
+    narrow: int = 1
+    dtype: torch.dtype = torch.float32
+    bench: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def mode(self) -> str:
+        """What can be timed: ``fwd`` or ``train``."""
+        return "train" if self.op == "train" else "fwd"
+
+    @property
+    def row_mode(self) -> str:
+        """Its name in the rows: a training step is timed whole."""
+        return "step" if self.op == "train" else "fwd"
+
+
+CASES: tuple[ModelCase, ...] = (
+    ModelCase("decoder", "512px", "t2i-1024", 64),
+    ModelCase("decoder", "1024px", "t2i-1024", 128),
+    ModelCase("denoiser", "t2i-32x32", "t2i-1024", 32),
+    ModelCase("denoiser", "t2i-128x128", "t2i-1024", 128),
+    ModelCase("train", "tiny-b64", "tiny", 8, batch=64),
+    ModelCase("train", "t2i-quarter-b8", "t2i-1024", 32, batch=8, narrow=4),
+    ModelCase("decoder", "small", "tiny", 2, bench=False),
+    ModelCase("denoiser", "small", "tiny", 4, tokens=5, bench=False),
+    ModelCase("train", "small", "tiny", 8, batch=2, bench=False),
+    ModelCase("train", "latents", "tiny", 4, batch=2, tokens=5, narrow=2, bench=False),
+)
+
+
+# ---- building --------------------------------------------------------------------------------------------------------
+
+
+def denoiser_flags(case: ModelCase) -> dict[str, Any]:
+    """The preset's denoiser with every width divided by ``narrow``; heads get narrower first, then fewer."""
+    flags = dict(PRESETS[case.preset].denoiser)
+    if case.narrow == 1:
+        return flags
+    channels = tuple(width // case.narrow for width in flags["channels"])
+    head = max(flags["head_dim"] // 2, 2)
+    return {
+        **flags,
+        "channels": channels,
+        "head_dim": head,
+        "num_heads": tuple(width // head for width in channels),
+        "temb_dim": flags["temb_dim"] // case.narrow,
+    }
+
+
+def _network(case: ModelCase) -> nn.Module:
+    from snapgen.decoder import TinyDecoder
+    from snapgen.unet import SnapGenUNet
+
+    return TinyDecoder(**PRESETS[case.preset].decoder) if case.op == "decoder" else SnapGenUNet(**denoiser_flags(case))
+
+
+def without_memory(case: ModelCase) -> nn.Module:
+    """The network on the meta device, in the case's dtype; a training step keeps its weights in fp32."""
+    with torch.device("meta"):
+        network = _network(case)
+    # diffusers' own `to` warns about modules to be kept in fp32, of which there are none.
+    return nn.Module.to(network, case.dtype if case.op != "train" else torch.float32)
+
+
+def build(case: ModelCase) -> nn.Module:
+    """The network in the case's dtype with random weights, 379M of them in a second."""
+    with torch.inference_mode(False), torch.no_grad():
+        network = without_memory(case).to_empty(device="cpu")
+        # A prime count: no two rows of a matrix repeat each other.
+        pool = torch.randn(1_048_573, generator=torch.Generator().manual_seed(0))
+        start = 0
+        for name, parameter in network.named_parameters():
+            count = parameter.numel()
+            repeats = (start + count) // len(pool) + 1
+            values = pool.repeat(repeats)[start : start + count].view(parameter.shape)
+            start = (start + count) % len(pool)
+            if parameter.ndim > 1:
+                values = values / math.sqrt(parameter[0].numel())
+            else:  # a norm's weight, or a bias
+                values = 1 + 0.2 * values if "norm" in name and name.endswith("weight") else 0.1 * values
+            parameter.copy_(values)
+        return _channels_last(network).eval()
+
+
+@cache
+def _shared(case: ModelCase) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return build(case), feeds(case)
+
+
+def network_and_feeds(case: ModelCase) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The case's network and inputs, the same to all who ask; :func:`release` forgets them."""
+    return _shared(case)
+
+
+def release() -> None:
+    """Free what the last case held."""
+    _shared.cache_clear()
+    yardstick.cache_clear()
+
+
+def feeds(case: ModelCase, side: int | None = None, device: str = "cpu") -> tuple[Tensor, ...]:
+    """Random activations of the network, in the order of its arguments: latents, and for a denoiser also time, text
+    tokens and pooled text."""
+    generator = torch.Generator().manual_seed(2412)  # not the seed of any step's noise
+    dtype = case.dtype if case.op != "train" else torch.float32
+
+    def draw(*shape: int) -> Tensor:
+        if device == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    side = side or case.side
+    preset = PRESETS[case.preset]
+    with torch.inference_mode(False):
+        if case.op == "decoder":
+            return (draw(case.batch, preset.decoder["latent_channels"], side, side),)
+        flags = denoiser_flags(case)
+        return (
+            draw(case.batch, flags["in_channels"], side, side),
+            torch.full((case.batch,), 500.0, device=device),
+            draw(case.batch, case.tokens, flags["context_dim"]),
+            draw(case.batch, flags["pooled_dim"]),
+        )
+
+
+def run(network: nn.Module, activations: Sequence[Tensor]) -> Tensor:
+    """The network's output: pictures of latents, or a velocity."""
+    if len(activations) == 1:
+        return network(activations[0])
+    sample, time, context, pooled = activations
+    return network(sample, time, context, None, pooled, return_dict=False)[0]
+
+
+def contiguous(network: nn.Module, case: ModelCase) -> nn.Module:
+    """The same weights in a network whose pictures are contiguous (NCHW) from its first convolution on."""
+    other: Any = without_memory(case)
+    other.load_state_dict({name: value.contiguous() for name, value in network.state_dict().items()}, assign=True)
+    other.conv_in.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    return other.eval()
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class LatentTask:
+    """A denoiser's training objective on given latents and text: what is left where the encoders are frozen and their
+    outputs are kept."""
+
+    name = "latents"
+
+    def __init__(self, preset: Preset, denoiser: nn.Module, context: Tensor, pooled: Tensor) -> None:
+        self.preset, self.modules = preset, {"denoiser": denoiser}
+        self.context, self.pooled = context, pooled
+
+    def loss(self, images: Tensor, captions: Sequence[str], generator: torch.Generator) -> Any:
+        """``images``: the latents."""
+        from snapgen import flow
+
+        noise = torch.randn(images.shape, generator=generator).to(images)
+        t = flow.sample_t(len(images), shift=self.preset.shift, generator=generator).to(images)
+        mixed = flow.interpolate(images, noise, t)
+        predicted = run(self.modules["denoiser"], (mixed, t * flow.TIMESTEP_SCALE, self.context, self.pooled))
+        return flow.velocity_loss(predicted, images, noise).mean(), {}
+
+    def sample_grid(self, path: Any, seed: int) -> None:
+        raise NotImplementedError("a benchmark draws nothing")
+
+    def export(self, path: Any) -> None:
+        raise NotImplementedError("a benchmark exports nothing")
+
+
+def make_task(case: ModelCase, device: str = "cpu") -> tuple[Any, Tensor, list[str]]:
+    """Task, batch and captions of a training case: ``snapgen train`` as it is where the preset trains its own encoders,
+    else :class:`LatentTask`. The same weights at every call."""
+    from snapgen.data.shapes import VOCABULARY, ShapesDataset
+    from snapgen.tasks import DenoiserTask, build_autoencoder, build_denoiser
+
+    preset = PRESETS[case.preset]
+    if preset.encoder is None or case.narrow > 1:
+        latents, _, context, pooled = feeds(case, device=device)
+        if device == "meta":
+            network = without_memory(case)
+        else:
+            network = build(case)
+        return LatentTask(preset, network.train(), context, pooled), latents, [""] * case.batch
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        encoder, decoder = build_autoencoder(preset)
+        denoiser, text_encoder, tokenizer = build_denoiser(preset, list(VOCABULARY))
+    pictures, captions = ShapesDataset(preset.resolution, split="train").batch(range(case.batch))
+    modules = dict(denoiser=denoiser, text_encoder=text_encoder, encoder=encoder, decoder=decoder)
+    placed: dict[str, Any] = {name: _channels_last(module).train() for name, module in modules.items()}
+    return DenoiserTask(preset, tokenizer=tokenizer, **placed), pictures, list(captions)
+
+
+def _channels_last(network: nn.Module) -> nn.Module:
+    return nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def training(case: ModelCase, *, layout: str = "channels_last", compiled: bool = False) -> Callable[[], Tensor]:
+    """One optimizer step of ``snapgen train`` on weights of its own, as a function that returns the loss."""
+    from snapgen.train import TrainConfig, TrainState, optimizer_step
+
+    with torch.inference_mode(False):
+        task, pictures, captions = make_task(case)
+        if layout == "contiguous":
+            for module in task.modules.values():
+                nn.Module.to(module, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            for module in (task.modules["denoiser"], getattr(task, "encoder", None)):
+                if module is not None:
+                    module.conv_in.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        if compiled:
+            for module in (*task.modules.values(), getattr(task, "encoder", None)):
+                if module is not None:
+                    module.compile(dynamic=False)
+        config = TrainConfig(batch_size=case.batch, dtype="bf16" if case.dtype == torch.bfloat16 else "fp32")
+        state = TrainState(task, config)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield pictures, captions
+
+    stream = batches()
+    return lambda: optimizer_step(task, config, state, stream)["loss"]
+
+
+# ---- costs -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def costs(case: ModelCase) -> tuple[int, int]:
+    """(FLOPs, fewest bytes): products and convolutions as PyTorch counts them on the meta device (nothing else counts);
+    weights, inputs and outputs once. A training step also writes each weight and both moments, and reads these."""
+    # Only the products of attention written out are counted on every device.
+    with sdpa_kernel(SDPBackend.MATH):
+        return _costs(case)
+
+
+def _costs(case: ModelCase) -> tuple[int, int]:
+    if case.op == "train":
+        with plain(), torch.inference_mode(False), FlopCounterMode(display=False) as counter:
+            # The tiny text encoder looks at its tokens, so that it has to have some.
+            frozen = PRESETS[case.preset].encoder is None or case.narrow > 1
+            task, pictures, captions = make_task(case, device="meta" if frozen else "cpu")
+            loss, _ = task.loss(pictures, captions, torch.Generator().manual_seed(0))
+            loss.backward()
+        weights = sum(p.numel() for module in task.modules.values() for p in module.parameters())
+        return counter.get_total_flops(), 6 * 4 * weights + pictures.numel() * 4
+    network = without_memory(case)
+    inputs = feeds(case, device="meta")
+    with plain(), FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = run(network, inputs)
+    tensors = [*network.parameters(), *inputs, output]
+    return counter.get_total_flops(), sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ---- correctness -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _alike(case: ModelCase) -> Iterator[None]:
+    """The arithmetic of the case: autocast where it trains in bf16."""
+    autocast = case.op == "train" and case.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        yield
+
+
+def _checked(case: ModelCase) -> tuple[nn.Module, tuple[Tensor, ...], int]:
+    side = min(case.side, CHECK_SIDE)
+    network = build(case) if case.op == "train" else network_and_feeds(case)[0]
+    inputs = feeds(case, side)
+    return network, tuple(value[:2] for value in inputs) if case.op == "train" else inputs, side
+
+
+def check(case: ModelCase) -> str:
+    """Compare the fused network with fp64 and with plain PyTorch in the case's dtype: its output, and for a training
+    case the gradients of all parameters. Returns the size of the latents that were compared.
+
+    Raises:
+        AssertionError: an error is more than twice plain PyTorch's (and one ulp for an output).
+    """
+    with torch.inference_mode(False), torch.set_grad_enabled(case.op == "train"):
+        network, inputs, side = _checked(case)
+        with snapgen_kernels.use("auto"):
+            mine = _results(case, network, inputs)
+        with plain():
+            eager = _results(case, network, inputs)
+        double = _results_in_double(case, network, inputs)
+    (output, gradients), (plain_output, plain_gradients), (exact, exact_gradients) = mine, eager, double
+    distance = ((plain_output.double() - exact).norm() / exact.norm()).item()
+    assert distance <= torch.finfo(case.dtype).eps ** 0.5, f"{case}: plain PyTorch is {distance:.2g} from fp64"
+    rounded = output.to(case.dtype)
+    assert_close(f"{case}: output", rounded, plain_output.to(case.dtype), exact)
+    if case.op == "train":
+        found, allowed = (_distance(g, exact_gradients) for g in (gradients, plain_gradients))
+        allowed = 2 * allowed + torch.finfo(case.dtype).eps
+        assert found <= allowed, f"{case}: gradients are {found:.3g} from fp64; allowed {allowed:.3g}"
+    return f"at {inputs[0].shape[0]}x{side}x{side}"
+
+
+def _results(case: ModelCase, network: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    with _alike(case):
+        output = run(network, inputs)
+    if not torch.is_grad_enabled():
+        return output, []
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
+    return output.detach(), list(torch.autograd.grad(output, list(network.parameters()), upstream))
+
+
+def _results_in_double(case: ModelCase, network: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    wide = without_memory(case)
+    wide.load_state_dict({name: value.double() for name, value in network.state_dict().items()}, assign=True)
+    numbers = [value.double() if index != 1 else value for index, value in enumerate(inputs)]
+    with snapgen_kernels.use("reference"):
+        output = run(wide, numbers)
+    if not torch.is_grad_enabled():
+        return output, []
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).double()
+    return output.detach(), list(torch.autograd.grad(output, list(wide.parameters()), upstream))
+
+
+def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Root mean square over the tensors of each one's relative error, so that a small tensor counts as much as a large
+    one."""
+    errors = [((f.double() - e).norm() / e.norm().clamp_min(1e-30)).item() for f, e in zip(found, exact, strict=True)]
+    return math.sqrt(sum(error * error for error in errors) / len(errors))
+
+
+@cache
+def yardstick(case: ModelCase) -> Tensor:
+    """Plain PyTorch's output at the case's own size, which every peer is compared with."""
+    network, inputs = network_and_feeds(case)
+    with plain(), torch.inference_mode():
+        return run(network, inputs)
