@@ -301,15 +301,19 @@ SG_INLINE Tile<P> tile_of(int64_t rows) {
 template <class P>
 SG_INLINE void gemm_by_tiles(int64_t M, int64_t blocks, int64_t K, const P* A, int64_t lda, const P* B, float* C,
                              int64_t ldc, bool accumulate) {
+  // A slice of a block of B stays in the first cache while the tiles of A pass by.
+  constexpr int64_t kSlice = 256 * 4 / sizeof(P);
   // Tiles of equal height rather than full ones and a rest.
   const int64_t tiles = (M + kTileRows - 1) / kTileRows, depth = padded<P>(K);
-  int64_t m = 0;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t rows = (M - m + tiles - t - 1) / (tiles - t);
-    const Tile<P> kernel = tile_of<P>(rows);
+  for (int64_t k = 0; k == 0 || k < depth; k += kSlice) {
+    const int64_t slice = depth - k < kSlice ? depth - k : kSlice;
     for (int64_t j = 0; j < blocks; ++j)
-      kernel(depth, A + m * lda, lda, B + j * block_stride<P>(K), C + m * ldc + j * kColumns, ldc, accumulate);
-    m += rows;
+      for (int64_t t = 0, m = 0; t < tiles; ++t) {
+        const int64_t rows = (M - m + tiles - t - 1) / (tiles - t);
+        tile_of<P>(rows)(slice, A + m * lda + k, lda, B + j * block_stride<P>(K) + k * kColumns, C + m * ldc + j * kColumns, ldc,
+                         accumulate || k > 0);
+        m += rows;
+      }
   }
 }
 
@@ -367,7 +371,8 @@ SG_INLINE void amx_tile(int64_t K, const bf16* A, int64_t lda, const bf16* B, fl
 
 inline void gemm_by_amx(int64_t M, int64_t blocks, int64_t K, const bf16* A, int64_t lda, const bf16* B, float* C, int64_t ldc,
                         bool accumulate) {
-  constexpr int64_t kSlice = 1024;  // of K: longer ones no longer help, and C goes to the cache and back for each
+  // A slice of some rows of A and one of a block of B fill the first cache together.
+  constexpr int64_t kSlice = 512, kGroup = 64;
   const int64_t depth = padded<bf16>(K), full = M / 32 * 32, rest = M - full;
   if (depth == 0 && !accumulate)
     for (int64_t m = 0; m < M; ++m) __builtin_memset(C + m * ldc, 0, size_t(blocks * kColumns) * 4);
@@ -375,16 +380,18 @@ inline void gemm_by_amx(int64_t M, int64_t blocks, int64_t K, const bf16* A, int
     const int64_t slice = depth - k < kSlice ? depth - k : kSlice;
     const bool add = accumulate || k > 0;
     const bf16* b = B + k * kColumns;
-    for (int64_t m = 0; m < full; m += 32)
+    for (int64_t group = 0; group < full; group += kGroup)
       for (int64_t j = 0; j < blocks; ++j)
-        amx_tile<true>(slice, A + m * lda + k, lda, b + j * block_stride<bf16>(K), C + m * ldc + j * kColumns, ldc, add);
+        for (int64_t m = group; m < full && m < group + kGroup; m += 32)
+          amx_tile<true>(slice, A + m * lda + k, lda, b + j * block_stride<bf16>(K), C + m * ldc + j * kColumns, ldc, add);
     if (rest) {
       configure_tiles(int(rest > 16 ? 16 : rest), int(rest > 16 ? rest - 16 : 1));
       for (int64_t j = 0; j < blocks; ++j) {
         const bf16* block = b + j * block_stride<bf16>(K);
+        const bf16* a = A + full * lda + k;
         float* c = C + full * ldc + j * kColumns;
-        if (rest > 16) amx_tile<true>(slice, A + full * lda + k, lda, block, c, ldc, add);
-        else amx_tile<false>(slice, A + full * lda + k, lda, block, c, ldc, add);
+        if (rest > 16) amx_tile<true>(slice, a, lda, block, c, ldc, add);
+        else amx_tile<false>(slice, a, lda, block, c, ldc, add);
       }
       tiles_begin();
     }

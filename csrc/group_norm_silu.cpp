@@ -68,27 +68,6 @@ void group_statistics(Tensor x, int64_t num_groups, double eps, Tensor mean, Ten
 }
 
 template <class A>
-void store_parameter(const std::vector<double>& values, Tensor& out) {
-  const int64_t n = int64_t(values.size());
-  switch (out.scalar_type()) {
-    case ScalarType::Float:
-      std::copy_n(values.begin(), n, static_cast<float*>(out.mutable_data_ptr()));
-      break;
-    case ScalarType::Double:
-      std::copy_n(values.begin(), n, static_cast<double*>(out.mutable_data_ptr()));
-      break;
-    default:  // bfloat16: widened() has refused everything else
-      for (int64_t i = 0; i < n; ++i) {
-        const float value = float(values[i]);
-        uint32_t bits;
-        std::memcpy(&bits, &value, sizeof(bits));
-        const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-        static_cast<uint16_t*>(out.mutable_data_ptr())[i] = value != value ? 0x7fc0 : uint16_t(rounded >> 16);
-      }
-  }
-}
-
-template <class A>
 void backward(NormPlan& plan, const Tensor& x, const Tensor& dy, const Tensor& weight, const Tensor& bias, const Tensor& mean,
               const Tensor& rstd, Tensor* dx, Tensor* dweight, Tensor* dbias) {
   GroupNormSilu& a = plan.args;
@@ -120,8 +99,8 @@ void backward(NormPlan& plan, const Tensor& x, const Tensor& dy, const Tensor& w
     }
     for (int64_t c = 0; c < C; ++c) dw[c] += dzx[c], db[c] += dz[c];
   }
-  if (dweight) store_parameter<A>(dw, *dweight);
-  if (dbias) store_parameter<A>(db, *dbias);
+  if (dweight) store_parameter(dw, *dweight);
+  if (dbias) store_parameter(db, *dbias);
   if (!dx) return;
   a.mean_g = mean_g.data(), a.mean_gx = mean_gx.data();
   plan.run<A>(plan.last ? kernel.gradient_last : kernel.gradient_contiguous, plan.tasks);

@@ -28,21 +28,6 @@ SG_INLINE Chunk chunk_of(const GroupNormSilu& g, int64_t task, int64_t length) {
   return {sample, first, rest < g.chunk ? rest : g.chunk};
 }
 
-// Runs body<N>(c) over [0, n): whole vectors, then single lanes.
-#define SG_OVER_LANES(T, n, ...)                 \
-  {                                              \
-    constexpr int kLanes = Accumulate<T>::lanes; \
-    int64_t c = 0;                               \
-    for (; c + kLanes <= (n); c += kLanes) {     \
-      constexpr int N = kLanes;                  \
-      __VA_ARGS__                                \
-    }                                            \
-    for (; c < (n); ++c) {                       \
-      constexpr int N = 1;                       \
-      __VA_ARGS__                                \
-    }                                            \
-  }
-
 // ---- channels_last: a chunk is g.chunk pixels of a sample ----
 
 template <class T>

@@ -54,6 +54,28 @@ std::vector<A> widened(const torch::stable::Tensor& parameter, const char* name)
   return out;
 }
 
+// Sums in the dtype of their parameter.
+inline void store_parameter(const std::vector<double>& values, torch::stable::Tensor& out) {
+  using torch::headeronly::ScalarType;
+  const int64_t n = int64_t(values.size());
+  switch (out.scalar_type()) {
+    case ScalarType::Float:
+      std::copy_n(values.begin(), n, static_cast<float*>(out.mutable_data_ptr()));
+      break;
+    case ScalarType::Double:
+      std::copy_n(values.begin(), n, static_cast<double*>(out.mutable_data_ptr()));
+      break;
+    default:  // bfloat16: widened() has refused everything else
+      for (int64_t i = 0; i < n; ++i) {
+        const float value = float(values[i]);
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof(bits));
+        const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+        static_cast<uint16_t*>(out.mutable_data_ptr())[i] = value != value ? 0x7fc0 : uint16_t(rounded >> 16);
+      }
+  }
+}
+
 // Chan's merge of the moments of parts, in the order of the calls: sums do not depend on who computed the parts.
 class Moments {
  public:

@@ -68,7 +68,8 @@ void product(Tensor a, Tensor packed, Tensor out) {
                out.mutable_data_ptr(), 0};
   STD_TORCH_CHECK(packed.numel() == (narrow ? table.elements_bf16 : table.elements_f32)(args.depth, args.columns),
                   "snapgen_cpu::product: packed is not of this size or of this instruction set");
-  args.tile_rows = std::max<int64_t>(32, std::min<int64_t>(128, 131072 / std::max<int64_t>(1, args.depth) / 32 * 32));
+  const int64_t row_bytes = std::max<int64_t>(1, args.depth * int64_t(a.element_size()));
+  args.tile_rows = std::max<int64_t>(32, std::min<int64_t>(128, (int64_t(1) << 20) / row_bytes / 32 * 32));
   const int64_t tasks = (args.rows + args.tile_rows - 1) / args.tile_rows;
   const int64_t scratch = (narrow ? table.scratch_bf16 : table.scratch_f32)(args);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {

@@ -141,3 +141,18 @@ SG_INLINE Vec<A, N> reciprocal(Vec<A, N> x) {
 #endif
   return A(1) / x;
 }
+
+// Runs body<N>(c) over [0, n): whole vectors, then single lanes.
+#define SG_OVER_LANES(T, n, ...)                 \
+  {                                              \
+    constexpr int kLanes = Accumulate<T>::lanes; \
+    int64_t c = 0;                               \
+    for (; c + kLanes <= (n); c += kLanes) {     \
+      constexpr int N = kLanes;                  \
+      __VA_ARGS__                                \
+    }                                            \
+    for (; c < (n); ++c) {                       \
+      constexpr int N = 1;                       \
+      __VA_ARGS__                                \
+    }                                            \
+  }
