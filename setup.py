@@ -24,6 +24,7 @@ SOURCES = [
     "csrc/sepconv.cpp",
     "csrc/group_norm_silu.cpp",
     "csrc/qk_norm_rope.cpp",
+    "csrc/attention.cpp",
 ]
 HEADERS = sorted(glob("csrc/*.h"))
 # PyTorch 2.11, the oldest release that the package supports.

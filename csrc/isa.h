@@ -13,6 +13,7 @@ namespace {
 #include "qk_norm_rope_kernel.h"
 #include "rows.h"
 #include "sepconv_kernel.h"
+#include "attention_kernel.h"
 }  // namespace
 
 #define SG_STRING_(name) #name
@@ -27,6 +28,8 @@ const Kernels kernels = {
     norm_rope_table<float>(),
     norm_rope_table<bf16>(),
     sepconv_table(),
+    attention_table<float>(),
+    attention_table<bf16>(),
 };
 
 }  // namespace snapgen::SG_ISA

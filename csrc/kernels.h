@@ -42,6 +42,7 @@ struct GroupNormSiluTable {
 
 }  // namespace snapgen
 
+#include "attention.h"
 #include "pack.h"
 #include "qk_norm_rope.h"
 #include "sepconv.h"
@@ -54,6 +55,7 @@ struct Kernels {
   PackTable pack;
   NormRopeTable norm_rope_f32, norm_rope_bf16;
   SepconvTable sepconv;
+  AttentionTable attention_f32, attention_bf16;
 };
 
 namespace portable {

@@ -46,6 +46,11 @@ class Op:
     outputs: int
     saved: int
     reference: Callable[..., Any]
+    keep_outputs: bool
+
+    def kept(self, results: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What of the forward's results the backward op takes."""
+        return results if self.keep_outputs else results[self.outputs :]
 
     def values(self, arguments: Sequence[Any], names: Sequence[str]) -> list[Any]:
         return [arguments[self.arguments.index(name)] for name in names]
@@ -119,6 +124,7 @@ def register(
     *,
     outputs: int,
     saved: int = 0,
+    keep_outputs: bool = False,
     differentiable: tuple[str, ...],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
@@ -136,6 +142,7 @@ def register(
         schema: the forward's arguments in schema syntax, without parentheses and without defaults.
         outputs: how many outputs are differentiable; they come first.
         saved: how many outputs follow that only the backward reads (statistics).
+        keep_outputs: the backward op takes the differentiable outputs too, before the saved ones.
         differentiable: names of the arguments that can have a gradient.
         reference: takes the forward's arguments; returns its ``outputs + saved`` outputs, built of differentiable aten
         ops.
@@ -148,12 +155,13 @@ def register(
         cuda, cuda_backward: launchers of the Triton kernels.
     """
     arguments = tuple(part.split()[-1] for part in schema.split(","))
-    op = Op(name, arguments, differentiable, outputs, saved, reference)
+    op = Op(name, arguments, differentiable, outputs, saved, reference, keep_outputs)
     count = outputs + saved
     LIBRARY.define(f"{name}({schema}) -> {'Tensor' if count == 1 else '(' + ', '.join(['Tensor'] * count) + ')'}")
     plain = ", ".join(part.strip() for part in schema.split(","))
     grads = ", ".join(f"Tensor grad_{i}" for i in range(outputs))
-    kept = "".join(f", Tensor saved_{i}" for i in range(saved))
+    kept = "".join(f", Tensor output_{i}" for i in range(outputs if keep_outputs else 0))
+    kept += "".join(f", Tensor saved_{i}" for i in range(saved))
     gradients = ", ".join(["Tensor"] * len(differentiable))
     LIBRARY.define(f"{name}_backward({grads}, {plain}{kept}, bool[] needs) -> ({gradients})")
 
@@ -223,9 +231,8 @@ def _register_autograd(op: Op, split: Callable[[Sequence[Any]], tuple[list[Tenso
         return [next(tensors) if constant is None else constant[0] for constant in ctx.layout]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        statistics = _as_tuple(output)[op.outputs :]
-        keep(ctx, (*inputs, *statistics))
-        ctx.mark_non_differentiable(*statistics)
+        keep(ctx, (*inputs, *op.kept(_as_tuple(output))))
+        ctx.mark_non_differentiable(*_as_tuple(output)[op.outputs :])
         ctx.shapes = [(o.shape, o.dtype, o.device) for o in _as_tuple(output)[: op.outputs]]
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -286,7 +293,7 @@ def _register_autograd(op: Op, split: Callable[[Sequence[Any]], tuple[list[Tenso
         for index, value in enumerate((*grads, *forward_args)):
             grad = next(second) if isinstance(value, Tensor) and value.requires_grad else None
             result.append(grad if asked[index] else None)
-        return (*result, *([None] * (op.saved + 1)))
+        return (*result, *([None] * (len(values) - len(result))))
 
     torch.library.register_autograd(forward_name, backward, setup_context=setup, lib=LIBRARY)
     torch.library.register_autograd(backward_name, backward_twice, setup_context=setup_twice, lib=LIBRARY)

@@ -6,11 +6,19 @@ Formula, for q [B, N, H, D], k and v [B, M, D], key_mask [B, M] (True: attend)::
     p = softmax over the allowed keys of (q . k * scale),   scale = 1 / sqrt(D) unless given
     o = p v                                                      a row with no allowed key gives zeros
 
-Softmax and accumulation are fp32. With one key/value head the N * H queries of a sample are simply N * H rows of one
+Softmax and accumulation are fp32. Kept for backward: o, and the logarithm of each row's sum of exponentials [B, N, H]
+in fp32 (-inf for a row with no allowed key). With dp = do v^T and delta = sum(do o) of a row::
+
+    ds = p (dp - delta),   dq = scale ds k,   dk = scale ds^T q,   dv = p^T do
+
+and from there through the rotation and the norm. The C++ kernels never read a key that is masked, so what stands there
+(NaN even) reaches no output. With one key/value head the N * H queries of a sample are simply N * H rows of one
 head: no copy of k or v per head is ever made.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +27,7 @@ from torch import Tensor, nn
 from snapgen_kernels import _backend
 from snapgen_kernels._library import CostCase, check_shape, register
 from snapgen_kernels.group_norm_silu import compute_dtype
+from snapgen_kernels.qk_norm_rope import _unsupported as qk_norm_rope_unsupported
 from snapgen_kernels.qk_norm_rope import check_qk, qk_norm_rope
 from snapgen_kernels.qk_norm_rope import reference as qk_norm_rope_reference
 
@@ -52,6 +61,31 @@ def reference(
     return torch.bmm(weights.to(q.dtype), v).view(batch, tokens, heads, dim)
 
 
+def _reference_with_statistics(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    scale: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    o = reference(q, k, v, key_mask, q_weight, k_weight, cos, sin, scale, eps)
+    with torch.no_grad():
+        if q_weight is not None or cos is not None:
+            q, k = qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps)
+        wide = compute_dtype(q)
+        scores = torch.einsum("bnhd,bmd->bnhm", q.to(wide), k.to(wide)) * (
+            q.shape[-1] ** -0.5 if scale is None else scale
+        )
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
+        return o, scores.logsumexp(-1)
+
+
 def _composed(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float | None) -> Tensor:
     batch, tokens, heads, dim = q.shape
     rows = q.reshape(batch, 1, tokens * heads, dim)
@@ -66,8 +100,35 @@ def _composed(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: f
     return o.reshape(batch, tokens, heads, dim)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | float | None) -> Tensor:
-    return q.new_empty(q.shape)
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | float | None) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q))
+
+
+def _unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    *_: Tensor | float | None,
+) -> str | None:
+    """None if a fused kernel takes this call, else the reason."""
+    if v.dtype != q.dtype:
+        return f"v has dtype {v.dtype}; the kernels take that of q, {q.dtype}"
+    return qk_norm_rope_unsupported(q, k, q_weight, k_weight)
+
+
+def _cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from snapgen_kernels._cpu import attention as kernels
+
+    return kernels.forward(*arguments)
+
+
+def _cpu_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._cpu import attention as kernels
+
+    return kernels.backward(*arguments)
 
 
 OP = register(
@@ -75,20 +136,17 @@ OP = register(
     "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_weight, Tensor? k_weight, "
     "Tensor? cos, Tensor? sin, float? scale, float eps",
     outputs=1,
+    saved=1,  # logsumexp, [B, N, H]
+    keep_outputs=True,
     differentiable=("q", "k", "v", "q_weight", "k_weight"),
-    reference=reference,
+    reference=_reference_with_statistics,
     fake=_fake,
     cast=("q", "k", "v"),
+    kernels=("cpu",),
+    cpu=_cpu,
+    cpu_backward=_cpu_backward,
+    cpu_unsupported=_unsupported,
 )
-
-
-def _unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """None if a fused kernel takes this call, else the reason."""
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"q has dtype {q.dtype}; allowed: float32, bfloat16, float16"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"k and v have dtypes {k.dtype}, {v.dtype}; expected that of q, {q.dtype}"
-    return None
 
 
 def attention(
@@ -137,8 +195,8 @@ def attention(
             raise TypeError(f"{NAME}: key_mask has dtype {key_mask.dtype}; expected torch.bool (True: attend)")
         if key_mask.shape != k.shape[:2]:
             raise ValueError(f"{NAME}: key_mask has shape {tuple(key_mask.shape)}; expected {tuple(k.shape[:2])}")
-    if _backend.select(NAME, q.device.type, _unsupported(q, k, v)):
-        return torch.ops.snapgen.attention(q, k, v, key_mask, q_weight, k_weight, cos, sin, scale, eps)
+    if _backend.select(NAME, q.device.type, _unsupported(q, k, v, key_mask, q_weight, k_weight)):
+        return torch.ops.snapgen.attention(q, k, v, key_mask, q_weight, k_weight, cos, sin, scale, eps)[0]
     if _backend.is_reference():
         return reference(q, k, v, key_mask, q_weight, k_weight, cos, sin, scale, eps)
     if q_weight is not None and k_weight is not None:

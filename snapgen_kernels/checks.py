@@ -198,7 +198,7 @@ def check_opcheck(case: Case, device: str = "cpu") -> None:
     upstream = upstream_of(outputs[: op.outputs])
     present = [isinstance(inputs[name], Tensor) for name in op.differentiable]
     plain = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
-    kept = [o.detach() for o in outputs[op.outputs :]]
+    kept = [o.detach() for o in op.kept(outputs)]
     backward = getattr(torch.ops.snapgen, f"{op.name}_backward")
     for needs in (present, [p and i % 2 == 0 for i, p in enumerate(present)]):
         torch.library.opcheck(
