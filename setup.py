@@ -22,6 +22,7 @@ SOURCES = [
     "csrc/isa_amx.cpp",
     "csrc/pack.cpp",
     "csrc/sepconv.cpp",
+    "csrc/sepconv_backward.cpp",
     "csrc/group_norm_silu.cpp",
     "csrc/qk_norm_rope.cpp",
     "csrc/attention.cpp",

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #define SG_INLINE static inline __attribute__((always_inline))
+#define SG_LAMBDA __attribute__((always_inline))
 
 namespace snapgen::SG_ISA {
 namespace {
@@ -14,6 +15,7 @@ namespace {
 #include "rows.h"
 #include "sepconv_kernel.h"
 #include "attention_kernel.h"
+#include "sepconv_backward_kernel.h"
 }  // namespace
 
 #define SG_STRING_(name) #name
@@ -30,6 +32,8 @@ const Kernels kernels = {
     sepconv_table(),
     attention_table<float>(),
     attention_table<bf16>(),
+    sepconv_backward_table<float>(),
+    sepconv_backward_table<bf16>(),
 };
 
 }  // namespace snapgen::SG_ISA

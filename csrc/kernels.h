@@ -46,6 +46,7 @@ struct GroupNormSiluTable {
 #include "pack.h"
 #include "qk_norm_rope.h"
 #include "sepconv.h"
+#include "sepconv_backward.h"
 
 namespace snapgen {
 
@@ -56,6 +57,7 @@ struct Kernels {
   NormRopeTable norm_rope_f32, norm_rope_bf16;
   SepconvTable sepconv;
   AttentionTable attention_f32, attention_bf16;
+  SepconvBackwardTable sepconv_backward_f32, sepconv_backward_bf16;
 };
 
 namespace portable {

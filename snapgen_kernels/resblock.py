@@ -181,6 +181,12 @@ def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
     return kernels.forward(*arguments)
 
 
+def _cpu_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._cpu import resblock_backward as kernels
+
+    return kernels.backward(*arguments)
+
+
 OP = register(
     NAME,
     "Tensor x, Tensor shift, "
@@ -202,6 +208,7 @@ OP = register(
         "shortcut_bias",
     ),
     cpu=_cpu,
+    cpu_backward=_cpu_backward,
     cpu_unsupported=_unsupported,
 )
 

@@ -197,6 +197,12 @@ def _cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return kernels.forward(*arguments)
 
 
+def _cpu_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._cpu import sepconv_backward as kernels
+
+    return kernels.backward(*arguments)
+
+
 OP = register(
     NAME,
     "Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, "
@@ -219,6 +225,7 @@ OP = register(
     fake=_fake,
     cast=("x", "dw_weight", "pw_weight", "dw_bias", "pw_bias", "shift", "residual"),
     cpu=_cpu,
+    cpu_backward=_cpu_backward,
     cpu_unsupported=_unsupported,
 )
 

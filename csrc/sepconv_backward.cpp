@@ -1,0 +1,282 @@
+// Backward of the separable convolution on the CPU: three primitives, for the depthwise half with the norm before it, and
+// for the two products of the pointwise half. Their loops are in sepconv_backward_kernel.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+#include "scratch.h"
+
+namespace snapgen {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+const SepconvBackwardTable& table(const Tensor& t, const char* op) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "snapgen_cpu::", op,
+                  ": activations must be float32 or bfloat16");
+  return dtype == ScalarType::Float ? kernels().sepconv_backward_f32 : kernels().sepconv_backward_bf16;
+}
+
+bool is_dense(const Tensor& t) {
+  int64_t expected = 1;
+  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+// Raises unless `t` (absent passes) is dense and of this dtype and number of elements.
+void check(const Optional& t, const char* op, const char* name, int64_t elements, std::optional<ScalarType> dtype = {}) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->numel() == elements, "snapgen_cpu::", op, ": ", name, " has ", t->numel(), " elements; expected ", elements);
+  STD_TORCH_CHECK(!dtype || t->scalar_type() == *dtype, "snapgen_cpu::", op, ": ", name, " has another dtype than expected");
+  STD_TORCH_CHECK(is_dense(*t), "snapgen_cpu::", op, ": ", name, " must be contiguous");
+}
+
+const void* data_of(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
+void* memory_of(Optional& t) { return t ? t->mutable_data_ptr() : nullptr; }
+
+float element(const Tensor& t, int64_t i) {
+  if (t.scalar_type() == ScalarType::Float) return static_cast<const float*>(t.const_data_ptr())[i];
+  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(t.const_data_ptr())[i]) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+void set_element(Tensor& t, int64_t i, double number) {
+  const float value = float(number);
+  if (t.scalar_type() == ScalarType::Float) {
+    static_cast<float*>(t.mutable_data_ptr())[i] = value;
+    return;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  static_cast<uint16_t*>(t.mutable_data_ptr())[i] = value != value ? 0x7fc0 : uint16_t(rounded >> 16);
+}
+
+// Memory that nobody has written to, on a cache line.
+struct Buffer {
+  std::unique_ptr<char[]> memory;
+  void* data;
+  explicit Buffer(int64_t bytes) : memory(new char[size_t(bytes + 64)]) {
+    data = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
+  }
+  float* floats() { return static_cast<float*>(data); }
+};
+
+int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+int64_t parts_of(int64_t n, int64_t part) { return (n + part - 1) / part; }
+
+// Tasks that an op should have at least, for threads to share.
+constexpr int64_t kTasks = 16;
+// Bytes of the rows that a depthwise task works in: they stay in the second cache.
+constexpr int64_t kRowBytes = 393216;
+
+void plan(DepthwiseGradient& g) {
+  g.padded = up_to(g.channels, kPad);
+  const int64_t most = std::max<int64_t>(kRowBytes / (4 * depthwise_channel_floats(g)), 32);
+  const int64_t enough = std::max<int64_t>(g.channels * g.batch / kTasks, 32);
+  // Whole groups in a chunk, where that does not make it much larger.
+  int64_t unit = kPad;
+  if (g.groups) {
+    const int64_t whole = std::lcm(kPad, g.channels / g.groups);
+    if (whole <= std::min(most, enough)) unit = whole;
+  }
+  const int64_t chunks = parts_of(g.channels, std::min({most, enough, g.padded}));
+  g.chunk = std::min(up_to(parts_of(g.channels, chunks), unit), g.padded);
+  g.chunks = parts_of(g.channels, g.chunk);
+  g.strips = std::clamp<int64_t>(parts_of(kTasks, g.batch * g.chunks), 1, std::max<int64_t>(g.height / 8, 1));
+  g.rows = parts_of(g.height, g.strips);
+  g.strips = parts_of(g.height, g.rows);
+  g.finish = g.groups && g.dx && g.strips == 1 && (g.chunks == 1 || g.chunk % (g.channels / g.groups) == 0);
+}
+
+void depthwise_gradient(Tensor x, Optional dd, Tensor dw_weight, Optional dw_bias, Optional norm_weight, Optional norm_bias,
+                        Optional mean, Optional rstd, Optional extra, int64_t num_groups, int64_t stride, int64_t scale,
+                        Optional dx, Optional d, Optional grad_dw_weight, Optional grad_dw_bias, Optional grad_norm_weight,
+                        Optional grad_norm_bias) {
+  const char* op = "depthwise_gradient";
+  STD_TORCH_CHECK(x.dim() == 4, "snapgen_cpu::", op, ": x must be [B, H, W, C]");
+  const SepconvBackwardTable& kernel = table(x, op);
+  DepthwiseGradient g{};
+  g.batch = x.size(0), g.height = x.size(1), g.width = x.size(2), g.channels = x.size(3);
+  g.stride = stride, g.scale = scale;
+  STD_TORCH_CHECK((stride == 1 || stride == 2) && (scale == 1 || scale == 2), "snapgen_cpu::", op, ": stride and scale are 1 or 2");
+  STD_TORCH_CHECK(x.numel() > 0, "snapgen_cpu::", op, ": x is empty");
+  g.out_height = (g.height * scale - 1) / stride + 1, g.out_width = (g.width * scale - 1) / stride + 1;
+  const ScalarType dtype = x.scalar_type();
+  const int64_t outputs = g.batch * g.out_height * g.out_width * g.channels, C = g.channels;
+  g.groups = norm_weight ? num_groups : 0;
+  STD_TORCH_CHECK(!g.groups || (C % g.groups == 0 && norm_bias && mean && rstd), "snapgen_cpu::", op, ": the norm is not whole");
+  check(x, op, "x", x.numel(), dtype);
+  check(dd, op, "dd", outputs, dtype);
+  check(dw_weight, op, "dw_weight", 9 * C);
+  check(dw_bias, op, "dw_bias", C);
+  check(norm_weight, op, "norm_weight", C);
+  check(norm_bias, op, "norm_bias", C);
+  check(mean, op, "mean", g.batch * g.groups, ScalarType::Float);
+  check(rstd, op, "rstd", g.batch * g.groups, ScalarType::Float);
+  check(extra, op, "extra", x.numel(), dtype);
+  check(dx, op, "dx", x.numel(), dtype);
+  check(d, op, "d", outputs, dtype);
+  check(grad_dw_weight, op, "grad_dw_weight", 9 * C);
+  check(grad_dw_bias, op, "grad_dw_bias", C);
+  check(grad_norm_weight, op, "grad_norm_weight", C);
+  check(grad_norm_bias, op, "grad_norm_bias", C);
+
+  g.x = x.const_data_ptr(), g.dd = data_of(dd), g.extra = data_of(extra);
+  g.dx = memory_of(dx), g.d = memory_of(d);
+  g.weights = grad_dw_weight || grad_dw_bias, g.inputs = dx || grad_norm_weight || grad_norm_bias;
+  STD_TORCH_CHECK(dd || !(g.weights || g.inputs), "snapgen_cpu::", op, ": dd is missing");
+  plan(g);
+  std::vector<float> parameters(12 * g.padded);
+  float *taps = parameters.data(), *bias = taps + 9 * g.padded, *weight_n = bias + g.padded, *bias_n = weight_n + g.padded;
+  for (int64_t c = 0; c < C; ++c) {
+    for (int64_t i = 0; i < 9; ++i) taps[i * g.padded + c] = element(dw_weight, c * 9 + i);
+    if (dw_bias) bias[c] = element(*dw_bias, c);
+    if (g.groups) weight_n[c] = element(*norm_weight, c), bias_n[c] = element(*norm_bias, c);
+  }
+  g.taps = taps, g.bias = bias, g.norm_weight = weight_n, g.norm_bias = bias_n;
+  g.mean = static_cast<const float*>(data_of(mean)), g.rstd = static_cast<const float*>(data_of(rstd));
+  Buffer sums(g.batch * g.strips * kGradientSums * g.padded * 4);
+  g.sums = sums.floats();
+
+  const int64_t scratch = depthwise_scratch_floats(g);
+  const int64_t work = g.rows * g.width * scale * scale * g.chunk;
+  torch::stable::parallel_for(0, g.batch * g.strips * g.chunks, std::max<int64_t>(1, 8192 / work),
+                              [&](int64_t begin, int64_t end) {
+                                float* memory = static_cast<float*>(thread_scratch().get(scratch * 4));
+                                kernel.depthwise(g, begin, end, memory);
+                              });
+  if (g.groups && g.dx && !g.finish)
+    torch::stable::parallel_for(0, g.batch * g.height, std::max<int64_t>(1, 32768 / (g.width * C)),
+                                [&](int64_t begin, int64_t end) {
+                                  float* memory = static_cast<float*>(thread_scratch().get(5 * g.padded * 4));
+                                  kernel.norm(g, begin, end, memory);
+                                });
+  if (!g.weights && !grad_norm_weight && !grad_norm_bias) return;
+  std::vector<float> merged(kGradientSums * g.padded);
+  g.merged = merged.data();
+  torch::stable::parallel_for(0, kGradientSums * g.padded / 16, std::max<int64_t>(1, 4096 / (g.batch * g.strips)),
+                              [&](int64_t begin, int64_t end) { kernel.merge(g, begin, end); });
+  for (int64_t c = 0; c < C; ++c) {
+    if (grad_dw_weight)
+      for (int64_t i = 0; i < 9; ++i) set_element(*grad_dw_weight, c * 9 + i, merged[i * g.padded + c]);
+    if (grad_dw_bias) set_element(*grad_dw_bias, c, merged[9 * g.padded + c]);
+    if (grad_norm_bias) set_element(*grad_norm_bias, c, merged[10 * g.padded + c]);
+    if (grad_norm_weight) set_element(*grad_norm_weight, c, merged[11 * g.padded + c]);
+  }
+}
+
+void pointwise_gradient(Tensor dy, Optional packed, Optional dd, Optional grad_shift, Optional grad_bias) {
+  const char* op = "pointwise_gradient";
+  STD_TORCH_CHECK(dy.dim() == 4 && dy.numel() > 0, "snapgen_cpu::", op, ": dy must be [B, H, W, O], and not empty");
+  const SepconvBackwardTable& kernel = table(dy, op);
+  const ScalarType dtype = dy.scalar_type();
+  PointwiseGradient g{};
+  g.batch = dy.size(0), g.pixels = dy.size(1) * dy.size(2), g.outputs = dy.size(3);
+  g.channels = dd ? dd->size(3) : 0;
+  check(dy, op, "dy", dy.numel(), dtype);
+  check(dd, op, "dd", g.batch * g.pixels * g.channels, dtype);
+  check(grad_shift, op, "grad_shift", g.batch * g.outputs);
+  check(grad_bias, op, "grad_bias", g.outputs);
+  STD_TORCH_CHECK(!dd || packed, "snapgen_cpu::", op, ": dd needs the weight");
+  if (dd) {
+    const PackTable& pack = kernels().pack;
+    const auto elements = dtype == ScalarType::Float ? pack.elements_f32 : pack.elements_bf16;
+    STD_TORCH_CHECK(packed->numel() == elements(g.outputs, g.channels), "snapgen_cpu::", op,
+                    ": packed is not of this size or of this instruction set");
+  }
+  const int64_t most = 128;  // pixels of a task
+  g.samples = std::clamp<int64_t>(most / g.pixels, 1, std::max<int64_t>(g.batch / kTasks, 1));
+  g.part = std::min(most, g.pixels), g.parts = parts_of(g.pixels, g.part);
+  g.dy = dy.const_data_ptr(), g.weight = data_of(packed), g.dd = memory_of(dd);
+  const bool summed = grad_shift || grad_bias;
+  Buffer sums(summed ? g.batch * g.parts * g.outputs * 4 : 0);
+  g.sums = summed ? sums.floats() : nullptr;
+  const int64_t scratch = kernel.pointwise_scratch(g), tasks = parts_of(g.batch, g.samples) * g.parts;
+  const int64_t work = g.part * g.samples * g.outputs * std::max<int64_t>(g.channels, 1);
+  torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, 524288 / work), [&](int64_t begin, int64_t end) {
+    kernel.pointwise(g, begin, end, thread_scratch().get(scratch));
+  });
+  if (!summed) return;
+  const int64_t O = g.outputs;
+  std::vector<double> sample(O), total(O);
+  for (int64_t b = 0; b < g.batch; ++b) {
+    std::fill(sample.begin(), sample.end(), 0.0);
+    for (int64_t k = 0; k < g.parts; ++k)
+      for (int64_t o = 0; o < O; ++o) sample[o] += g.sums[(b * g.parts + k) * O + o];
+    if (grad_shift)
+      for (int64_t o = 0; o < O; ++o) set_element(*grad_shift, b * O + o, sample[o]);
+    for (int64_t o = 0; o < O; ++o) total[o] += sample[o];
+  }
+  if (grad_bias)
+    for (int64_t o = 0; o < O; ++o) set_element(*grad_bias, o, total[o]);
+}
+
+void pointwise_weight_gradient(Tensor dy, Tensor d, Tensor dw) {
+  const char* op = "pointwise_weight_gradient";
+  STD_TORCH_CHECK(dy.dim() == 4 && d.dim() == 4 && dy.numel() > 0 && d.numel() > 0, "snapgen_cpu::", op,
+                  ": dy and d must be [B, H, W, O] and [B, H, W, C], and not empty");
+  const SepconvBackwardTable& kernel = table(dy, op);
+  const ScalarType dtype = dy.scalar_type();
+  PointwiseWeightGradient g{};
+  g.outputs = dy.size(3), g.channels = d.size(3), g.pixels = dy.numel() / g.outputs;
+  check(dy, op, "dy", dy.numel(), dtype);
+  check(d, op, "d", g.pixels * g.channels, dtype);
+  check(dw, op, "dw", g.outputs * g.channels, dtype);
+  // A tile of the result stays in the second cache with the slices of both operands.
+  const auto tiles = [](int64_t n, int64_t most) { return parts_of(n, most); };
+  g.tiles_outputs = tiles(g.outputs, 512), g.tile_outputs = up_to(parts_of(g.outputs, g.tiles_outputs), 32);
+  g.tiles_channels = tiles(g.channels, 512), g.tile_channels = up_to(parts_of(g.channels, g.tiles_channels), 32);
+  g.tiles_outputs = parts_of(g.outputs, g.tile_outputs), g.tiles_channels = parts_of(g.channels, g.tile_channels);
+  g.row = up_to(g.channels, 32);
+  const int64_t kinds = g.tiles_outputs * g.tiles_channels;
+  g.slice = 256;
+  g.parts = std::clamp<int64_t>(parts_of(kTasks / 2, kinds), 1, parts_of(g.pixels, g.slice));
+  g.part = up_to(parts_of(g.pixels, g.parts), 32);
+  g.parts = parts_of(g.pixels, g.part);
+  g.slice = std::min(g.slice, g.part);
+  g.dy = dy.const_data_ptr(), g.d = d.const_data_ptr(), g.dw = dw.mutable_data_ptr();
+  Buffer partial(g.parts * g.outputs * g.row * 4);
+  g.partial = partial.floats();
+  const int64_t scratch = kernel.weight_scratch(g), work = g.tile_outputs * g.tile_channels * g.part;
+  torch::stable::parallel_for(0, kinds * g.parts, std::max<int64_t>(1, 524288 / work), [&](int64_t begin, int64_t end) {
+    kernel.weight(g, begin, end, thread_scratch().get(scratch));
+  });
+  torch::stable::parallel_for(0, g.outputs, std::max<int64_t>(1, 16384 / (g.row * g.parts)),
+                              [&](int64_t begin, int64_t end) { kernel.weight_merge(g, begin, end); });
+}
+
+}  // namespace
+}  // namespace snapgen
+
+STABLE_TORCH_LIBRARY_FRAGMENT(snapgen_cpu, m) {
+  m.def(
+      "depthwise_gradient(Tensor x, Tensor? dd, Tensor dw_weight, Tensor? dw_bias, Tensor? norm_weight, Tensor? norm_bias, "
+      "Tensor? mean, Tensor? rstd, Tensor? extra, int num_groups, int stride, int scale, Tensor(a!)? dx, Tensor(b!)? d, "
+      "Tensor(c!)? grad_dw_weight, Tensor(d!)? grad_dw_bias, Tensor(e!)? grad_norm_weight, Tensor(f!)? grad_norm_bias) -> ()");
+  m.def(
+      "pointwise_gradient(Tensor dy, Tensor? packed, Tensor(a!)? dd, Tensor(b!)? grad_shift, Tensor(c!)? grad_bias) -> ()");
+  m.def("pointwise_weight_gradient(Tensor dy, Tensor d, Tensor(a!) dw) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(snapgen_cpu, CPU, m) {
+  m.impl("depthwise_gradient", TORCH_BOX(&snapgen::depthwise_gradient));
+  m.impl("pointwise_gradient", TORCH_BOX(&snapgen::pointwise_gradient));
+  m.impl("pointwise_weight_gradient", TORCH_BOX(&snapgen::pointwise_weight_gradient));
+}
