@@ -26,6 +26,7 @@ SOURCES = [
     "csrc/group_norm_silu.cpp",
     "csrc/qk_norm_rope.cpp",
     "csrc/attention.cpp",
+    "csrc/decoder_block.cpp",
 ]
 HEADERS = sorted(glob("csrc/*.h"))
 # PyTorch 2.11, the oldest release that the package supports.

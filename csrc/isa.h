@@ -16,6 +16,7 @@ namespace {
 #include "sepconv_kernel.h"
 #include "attention_kernel.h"
 #include "sepconv_backward_kernel.h"
+#include "decoder_block_kernel.h"
 }  // namespace
 
 #define SG_STRING_(name) #name
@@ -34,6 +35,8 @@ const Kernels kernels = {
     attention_table<bf16>(),
     sepconv_backward_table<float>(),
     sepconv_backward_table<bf16>(),
+    decoder_block_table<float>(),
+    decoder_block_table<bf16>(),
 };
 
 }  // namespace snapgen::SG_ISA

@@ -43,6 +43,7 @@ struct GroupNormSiluTable {
 }  // namespace snapgen
 
 #include "attention.h"
+#include "decoder_block.h"
 #include "pack.h"
 #include "qk_norm_rope.h"
 #include "sepconv.h"
@@ -58,6 +59,7 @@ struct Kernels {
   SepconvTable sepconv;
   AttentionTable attention_f32, attention_bf16;
   SepconvBackwardTable sepconv_backward_f32, sepconv_backward_bf16;
+  DecoderBlockTable decoder_block_f32, decoder_block_bf16;
 };
 
 namespace portable {

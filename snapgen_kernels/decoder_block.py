@@ -6,11 +6,16 @@ Formula, for x [B, C, H, W] and expansion e::
 
 DW1 and DW2 are depthwise 3x3 with bias, PW1 and PW2 pointwise without. Norm statistics are fp32; convolutions
 accumulate in fp32 and round to the dtype of x.
+
+GroupNorm's statistics split the block into two sweeps over the image, and the middle image DW2(...) either waits in
+memory for the second sweep or is computed twice (``low_memory``). Kept for the backward: the middle image, where
+``keep_middle`` asks for it (else an empty tensor), and the norm's mean and rstd, [B, G].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +23,19 @@ from torch import Tensor, nn
 
 from snapgen_kernels import _backend
 from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
-from snapgen_kernels.group_norm_silu import group_norm_silu
+from snapgen_kernels.group_norm_silu import group_norm_silu, new_statistics, statistics
 from snapgen_kernels.group_norm_silu import reference as group_norm_silu_reference
 from snapgen_kernels.sepconv import check_separable, new_image
 
 NAME = "decoder_block"
+
+
+def _middle(
+    x: Tensor, dw1_weight: Tensor, dw1_bias: Tensor, pw1_weight: Tensor, dw2_weight: Tensor, dw2_bias: Tensor
+) -> Tensor:
+    h = F.conv2d(x, dw1_weight, dw1_bias, padding=1, groups=dw1_weight.shape[0])
+    h = F.conv2d(h, pw1_weight)
+    return F.conv2d(h, dw2_weight, dw2_bias, padding=1, groups=dw2_weight.shape[0])
 
 
 def _formula(
@@ -39,9 +52,7 @@ def _formula(
     num_groups: int,
     eps: float,
 ) -> Tensor:
-    h = F.conv2d(x, dw1_weight, dw1_bias, padding=1, groups=dw1_weight.shape[0])
-    h = F.conv2d(h, pw1_weight)
-    h = F.conv2d(h, dw2_weight, dw2_bias, padding=1, groups=dw2_weight.shape[0])
+    h = _middle(x, dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias)
     return x + F.conv2d(norm_silu(h, num_groups, norm_weight, norm_bias, eps), pw2_weight)
 
 
@@ -57,8 +68,10 @@ def reference(
     pw2_weight: Tensor,
     num_groups: int,
     eps: float = 1e-6,
+    low_memory: bool = False,
+    keep_middle: bool = False,
 ) -> Tensor:
-    """The formula in plain PyTorch: [B, C, H, W] -> [B, C, H, W]."""
+    """The formula in plain PyTorch: [B, C, H, W] -> [B, C, H, W]. The last two arguments change nothing here."""
     return _formula(
         group_norm_silu_reference,
         x,
@@ -75,8 +88,55 @@ def reference(
     )
 
 
-def _fake(x: Tensor, *_: Tensor | int | float) -> Tensor:
-    return new_image(x, x.shape[1], x.shape[2], x.shape[3])
+def _reference_with_saved(
+    x: Tensor,
+    dw1_weight: Tensor,
+    dw1_bias: Tensor,
+    pw1_weight: Tensor,
+    dw2_weight: Tensor,
+    dw2_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pw2_weight: Tensor,
+    num_groups: int,
+    eps: float,
+    low_memory: bool,
+    keep_middle: bool,
+) -> tuple[Tensor, ...]:
+    h = _middle(x, dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias)
+    y = x + F.conv2d(group_norm_silu_reference(h, num_groups, norm_weight, norm_bias, eps), pw2_weight)
+    return y, h.detach() if keep_middle else x.new_empty(0), *statistics(h, num_groups, eps)
+
+
+def new_outputs(x: Tensor, middle: int, num_groups: int, keep_middle: bool) -> tuple[Tensor, ...]:
+    """Uninitialised outputs of the registered op: y, the middle image or an empty tensor, mean, rstd."""
+    batch, channels, height, width = x.shape
+    h = new_image(x, middle, height, width) if keep_middle else x.new_empty(0)
+    return new_image(x, channels, height, width), h, *new_statistics(x, num_groups)
+
+
+def _fake(
+    x: Tensor,
+    dw1_weight: Tensor,
+    dw1_bias: Tensor,
+    pw1_weight: Tensor,
+    dw2_weight: Tensor,
+    dw2_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pw2_weight: Tensor,
+    num_groups: int,
+    eps: float,
+    low_memory: bool,
+    keep_middle: bool,
+) -> tuple[Tensor, ...]:
+    return new_outputs(x, dw2_bias.shape[0], num_groups, keep_middle)
+
+
+def _cpu(*args: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._cpu import decoder_block as kernels
+
+    return kernels.forward(*args)
 
 
 _WEIGHTS = (
@@ -89,24 +149,35 @@ _WEIGHTS = (
     "norm_bias",
     "pw2_weight",
 )
+def _unsupported(x: Tensor, weights: Sequence[Tensor]) -> str | None:
+    """None if a fused kernel takes this call, else the reason."""
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"x has dtype {x.dtype}; the kernels take float32 and bfloat16"
+    for name, weight in zip(_WEIGHTS, weights, strict=True):
+        if weight.dtype != x.dtype and not (name.startswith("norm") and weight.dtype == torch.float32):
+            return f"{name} has dtype {weight.dtype}; expected that of x, {x.dtype}"
+    return None
+
+
+def _cpu_unsupported(*args: Any) -> str | None:
+    return _unsupported(args[0], args[1 : 1 + len(_WEIGHTS)])
+
+
 OP = register(
     NAME,
-    "Tensor x, " + "".join(f"Tensor {name}, " for name in _WEIGHTS) + "int num_groups, float eps",
+    "Tensor x, "
+    + "".join(f"Tensor {name}, " for name in _WEIGHTS)
+    + "int num_groups, float eps, bool low_memory, bool keep_middle",
     outputs=1,
+    saved=3,  # h or nothing, mean and rstd
     differentiable=("x", *_WEIGHTS),
-    reference=reference,
+    reference=_reference_with_saved,
     fake=_fake,
+    kernels=("cpu",),
+    cpu=_cpu,
+    cpu_unsupported=_cpu_unsupported,
     cast=("x", "dw1_weight", "dw1_bias", "pw1_weight", "dw2_weight", "dw2_bias", "pw2_weight"),
 )
-
-
-def _unsupported(x: Tensor, pw1_weight: Tensor) -> str | None:
-    """None if a fused kernel takes this call, else the reason."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"x has dtype {x.dtype}; allowed: float32, bfloat16, float16"
-    if pw1_weight.dtype != x.dtype:
-        return f"pw1_weight has dtype {pw1_weight.dtype}; expected that of x, {x.dtype}"
-    return None
 
 
 def decoder_block(
@@ -121,6 +192,8 @@ def decoder_block(
     pw2_weight: Tensor,
     num_groups: int,
     eps: float = 1e-6,
+    *,
+    low_memory: bool = False,
 ) -> Tensor:
     """The tiny decoder's block.
 
@@ -132,6 +205,7 @@ def decoder_block(
         dw1_weight: [C, 1, 3, 3]. dw1_bias: [C]. pw1_weight: [M, C, 1, 1]. dw2_weight: [M, 1, 3, 3]. dw2_bias: [M].
         norm_weight, norm_bias: [M]. pw2_weight: [C, M, 1, 1].
         num_groups: divides M.
+        low_memory: hold no middle image [B, M, H, W], but compute it twice, and once more in the backward.
 
     Returns:
         [B, C, H, W] in the memory format of x.
@@ -150,8 +224,10 @@ def decoder_block(
     for name, tensor in (("dw2_bias", dw2_bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         check_shape(NAME, name, tensor, (middle,), x)
     weights = (dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
-    if _backend.select(NAME, x.device.type, _unsupported(x, pw1_weight)):
-        return torch.ops.snapgen.decoder_block(x, *weights, num_groups, eps)
+    if _backend.select(NAME, x.device.type, _unsupported(x, weights)):
+        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
+        keep_middle = trained and not low_memory
+        return torch.ops.snapgen.decoder_block(x, *weights, num_groups, eps, low_memory, keep_middle)[0]
     return _formula(group_norm_silu, x, *weights, num_groups, eps)
 
 

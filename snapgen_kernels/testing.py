@@ -259,7 +259,7 @@ def _inputs_geglu(case: Case, draw: Draw) -> Inputs:
 
 
 def _inputs_decoder_block(case: Case, draw: Draw) -> Inputs:
-    d = case.dims  # B, C, M, H, W, G
+    d = case.dims  # B, C, M, H, W, G; low: low_memory
     return {
         "x": draw(d["B"], d["C"], d["H"], d["W"]) + case.offset,
         "dw1_weight": _dw(draw, d["C"]),
@@ -272,6 +272,8 @@ def _inputs_decoder_block(case: Case, draw: Draw) -> Inputs:
         "pw2_weight": _pw(draw, d["C"], d["M"]),
         "num_groups": d["G"],
         "eps": 1e-6,
+        "low_memory": bool(d.get("low", 0)),
+        "keep_middle": not d.get("low", 0),
     }
 
 
@@ -373,6 +375,10 @@ def _eager_decoder_block(i: Inputs) -> Tensor:
     return i["x"] + F.conv2d(h, i["pw2_weight"])
 
 
+def _public_decoder_block(inputs: Inputs) -> Any:
+    return _call("decoder_block", _without(inputs, "keep_middle"))
+
+
 def _named(name: str) -> Callable[[Inputs], Any]:
     return lambda inputs: _call(name, inputs)
 
@@ -386,7 +392,7 @@ SPECS: dict[str, OpSpec] = {
         OpSpec("qk_norm_rope", _inputs_qk_norm_rope, _named("qk_norm_rope"), _eager_qk_norm_rope),
         OpSpec("attention", _inputs_attention, _named("attention"), _eager_attention),
         OpSpec("geglu", _inputs_geglu, _named("geglu"), _eager_geglu),
-        OpSpec("decoder_block", _inputs_decoder_block, _named("decoder_block"), _eager_decoder_block),
+        OpSpec("decoder_block", _inputs_decoder_block, _public_decoder_block, _eager_decoder_block),
     )
 }
 
@@ -441,6 +447,7 @@ _TESTS: dict[str, dict[str, dict[str, int]]] = {
     "decoder_block": {
         "small": _sizes(B=2, C=8, M=24, H=5, W=7, G=4),
         "one-pixel": _sizes(B=1, C=4, M=8, H=1, W=1, G=2),
+        "low-memory": _sizes(B=1, C=20, M=40, H=19, W=3, G=5, low=1),
     },
 }
 
