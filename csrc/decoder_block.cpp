@@ -1,17 +1,12 @@
 // snapgen_cpu::decoder_block_*, the sweeps of the tiny decoder's block, and ::norm_conv, its last layer: plans, checks,
 // parameters, threads. The loops are in decoder_block_kernel.h, the order of the calls in snapgen_kernels/_cpu/.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "kernels.h"
+#include "norm.h"
+#include "scratch.h"
 
 namespace snapgen {
 namespace {
@@ -36,26 +31,16 @@ void check_image(const Tensor& x, const char* name) {
                     " must be dense and channels_last");
 }
 
-float element(const Tensor& dense, int64_t i) {
-  if (dense.scalar_type() == ScalarType::Float) return static_cast<const float*>(dense.const_data_ptr())[i];
-  STD_TORCH_CHECK(dense.scalar_type() == ScalarType::BFloat16,
-                  "snapgen_cpu::decoder_block: parameters must be float32 or bfloat16");
-  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(dense.const_data_ptr())[i]) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
 // [10, lanes(C)]: the nine taps of every channel, and its bias.
 std::vector<float> depthwise_rows(const Tensor& weight, const Tensor& bias, int64_t channels, int64_t lanes) {
   STD_TORCH_CHECK(weight.numel() == 9 * channels && bias.numel() == channels,
                   "snapgen_cpu::decoder_block: a depthwise weight or bias does not fit");
-  const Tensor w = torch::stable::contiguous(weight), b = torch::stable::contiguous(bias);
+  const auto w = widened<float>(weight, "a depthwise weight"), b = widened<float>(bias, "a depthwise bias");
   const int64_t stride = up(channels, lanes);
   std::vector<float> rows(10 * stride);
   for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t tap = 0; tap < 9; ++tap) rows[tap * stride + c] = element(w, c * 9 + tap);
-    rows[9 * stride + c] = element(b, c);
+    for (int64_t tap = 0; tap < 9; ++tap) rows[tap * stride + c] = w[c * 9 + tap];
+    rows[9 * stride + c] = b[c];
   }
   return rows;
 }
@@ -67,18 +52,16 @@ std::vector<float> norm_rows(const Tensor& weight, const Tensor& bias, const Ten
   STD_TORCH_CHECK(weight.numel() == channels && bias.numel() == channels && mean.numel() == batch * groups &&
                       rstd.numel() == batch * groups,
                   "snapgen_cpu::decoder_block: the norm's parameters or statistics do not fit");
-  STD_TORCH_CHECK(mean.scalar_type() == ScalarType::Float && rstd.scalar_type() == ScalarType::Float,
-                  "snapgen_cpu::decoder_block: statistics must be float32");
-  const Tensor w = torch::stable::contiguous(weight), b = torch::stable::contiguous(bias);
-  const Tensor m = torch::stable::contiguous(mean), r = torch::stable::contiguous(rstd);
+  const auto w = widened<float>(weight, "norm_weight"), b = widened<float>(bias, "norm_bias");
+  const auto m = widened<float>(mean, "mean"), r = widened<float>(rstd, "rstd");
   const int64_t stride = up(channels, lanes), per_group = channels / groups;
   std::vector<float> rows(batch * 3 * stride);
   for (int64_t s = 0; s < batch; ++s)
     for (int64_t c = 0; c < channels; ++c) {
       float* at = rows.data() + s * 3 * stride + c;
-      at[0] = element(m, s * groups + c / per_group);
-      at[stride] = element(r, s * groups + c / per_group) * element(w, c);
-      at[2 * stride] = element(b, c);
+      at[0] = m[s * groups + c / per_group];
+      at[stride] = r[s * groups + c / per_group] * w[c];
+      at[2 * stride] = b[c];
     }
   return rows;
 }
@@ -139,9 +122,7 @@ int64_t band_rows(Tensor x, int64_t middle) { return plan(x, middle).band; }
 template <class G, class F>
 void in_parallel(const G& g, int64_t begin, int64_t end, int64_t scratch, F task) {
   torch::stable::parallel_for(begin, end, 1, [&](int64_t first, int64_t last) {
-    std::vector<char> memory(scratch + 64);
-    char* aligned = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
-    task(g, first, last, aligned);
+    task(g, first, last, thread_scratch().get(scratch));
   });
 }
 
@@ -190,20 +171,14 @@ void merge(Tensor x, int64_t middle, int64_t channels, Tensor moments, double ep
   float* rstds = static_cast<float*>(rstd.mutable_data_ptr());
   for (int64_t s = 0; s < g.batch; ++s)
     for (int64_t group = 0; group < groups; ++group) {
-      double n = 0, center = 0, squares = 0;
+      Moments merged;
       for (int64_t band = 0; band < g.bands; ++band)
         for (int64_t tile = 0; tile < g.tiles; ++tile) {
-          const double rows = double(std::min(g.band, g.height - band * g.band));
-          const double length = rows * double(std::min(g.tile, g.width - tile * g.tile)) * double(channels / groups);
+          const int64_t pixels = std::min(g.band, g.height - band * g.band) * std::min(g.tile, g.width - tile * g.tile);
           const double* at = from + (((s * g.bands + band) * g.tiles + tile) * groups + group) * 2;
-          const double delta = at[0] - center, sum = n + length;
-          squares += at[1] + delta * delta * (n * length / sum);
-          center += delta * (length / sum);
-          n = sum;
+          merged.add(double(pixels * (channels / groups)), at[0], at[1]);
         }
-      const double nan = std::numeric_limits<double>::quiet_NaN(), variance = squares / n;
-      means[s * groups + group] = float(n > 0 ? center : nan);
-      rstds[s * groups + group] = float(n > 0 ? 1.0 / std::sqrt((variance < 0 ? 0 : variance) + eps) : nan);
+      means[s * groups + group] = float(merged.mean()), rstds[s * groups + group] = float(merged.rstd(eps));
     }
 }
 
@@ -267,9 +242,7 @@ void norm_conv(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor mean, Tens
   STD_TORCH_CHECK(out.scalar_type() == x.scalar_type() && out.numel() == g.batch * g.height * g.width * g.outputs,
                   "snapgen_cpu::norm_conv: out does not fit");
   const auto norm = norm_rows(norm_weight, norm_bias, mean, rstd, g.batch, g.channels, groups, kernel.lanes);
-  const Tensor dense = torch::stable::contiguous(bias);
-  std::vector<float> biases(g.outputs);
-  for (int64_t o = 0; o < g.outputs; ++o) biases[o] = element(dense, o);
+  const auto biases = widened<float>(bias, "bias");
   g.norm = norm.data(), g.bias = biases.data(), g.taps = taps.const_data_ptr(), g.out = out.mutable_data_ptr();
   in_parallel(g, 0, tasks_of(g), kernel.norm_conv_scratch_bytes(g), kernel.norm_conv);
 }

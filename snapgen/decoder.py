@@ -7,6 +7,7 @@ convolution in any shortcut: a stage keeps its width, and the upsampler that lea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from snapgen_kernels import DecoderBlock, SepConv2d
+from snapgen_kernels import DecoderBlock, Norm, SepConv2d
+from snapgen_kernels.decoding import apply_block, norm_silu_conv
+
+
+Progress = Callable[[int, int], None]
 
 
 def _check_stages(channels: tuple[int, ...], blocks: tuple[int, ...]) -> None:
@@ -76,11 +81,7 @@ class TinyDecoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the latents have another number of channels.
         """
-        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
-            raise ValueError(
-                f"latents: got shape {tuple(latents.shape)}; expected [B, {self.config.latent_channels}, H, W]"
-            )
-        x = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
+        x = self._entered(latents)
         for index, stage in enumerate(self.stages):
             for block in stage:
                 x = block(x)
@@ -88,9 +89,61 @@ class TinyDecoder(ModelMixin, ConfigMixin):
                 x = self.upsamplers[index](x)
         return self.conv_out(nn.functional.silu(self.norm_out(x)))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode the denoiser's latents: undo the scaling, then `forward`."""
-        return self(latents / self.config.scaling_factor + self.config.shift_factor)
+    def _entered(self, latents: Tensor) -> Tensor:
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"latents: got shape {tuple(latents.shape)}; expected [B, {self.config.latent_channels}, H, W]"
+            )
+        return self.conv_in(latents.contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, low_memory: bool = False, progress: Progress | None = None) -> Tensor:
+        """Decode the denoiser's latents, without gradients: undo the scaling, then what `forward` computes.
+
+        Args:
+            low_memory: hold at most about 1.25 images of the last stage's width at full size, a few per cent slower.
+            progress: called with (done, total), multiply-accumulates of the decoder, as the work advances.
+        """
+        x = self._entered(latents / self.config.scaling_factor + self.config.shift_factor)
+        norm = Norm(self.norm_out.num_groups, self.norm_out.weight, self.norm_out.bias, self.norm_out.eps)
+        parts: list[tuple[nn.Module, int]] = []  # with the multiply-accumulates of each
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        for index, stage in enumerate(self.stages):
+            parts += [(block, pixels * _weights(block)) for block in stage]
+            if index < len(self.upsamplers):
+                pixels *= 4
+                parts.append((self.upsamplers[index], pixels * _weights(self.upsamplers[index])))
+        total = sum(macs for _, macs in parts) + pixels * _weights(self.conv_out)
+        # What the last upsampler cannot do without: its input and its output.
+        floor = pixels * self.config.channels[-1] * x.element_size() * 5 // 4
+        done, statistics = 0, None
+        for index, (part, macs) in enumerate(parts):
+            if isinstance(part, DecoderBlock):
+                x, statistics = apply_block(
+                    part,
+                    x,
+                    memory=max(0, floor - x.numel() * x.element_size()) if low_memory else None,
+                    next_norm=norm if index + 1 == len(parts) else None,
+                    progress=_share_of(progress, done, macs, total),
+                )
+            else:
+                x, statistics = part(x), None
+            done += macs
+            if progress is not None:
+                progress(done, total)
+        pictures = norm_silu_conv(x, norm, self.conv_out.weight, self.conv_out.bias, statistics=statistics)
+        if progress is not None:
+            progress(total, total)
+        return pictures
+
+
+def _weights(module: nn.Module) -> int:
+    """Weights of the convolutions: the multiply-accumulates of a pixel."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 4)
+
+
+def _share_of(progress: Progress | None, done: int, macs: int, total: int) -> Callable[[float], None] | None:
+    return None if progress is None else lambda share: progress(done + int(share * macs), total)
 
 
 class TinyEncoder(ModelMixin, ConfigMixin):

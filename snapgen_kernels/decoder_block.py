@@ -139,6 +139,12 @@ def _cpu(*args: Any) -> tuple[Tensor, ...]:
     return kernels.forward(*args)
 
 
+def _cpu_backward(*args: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._cpu import decoder_block as kernels
+
+    return kernels.backward(*args)
+
+
 _WEIGHTS = (
     "dw1_weight",
     "dw1_bias",
@@ -175,6 +181,7 @@ OP = register(
     fake=_fake,
     kernels=("cpu",),
     cpu=_cpu,
+    cpu_backward=_cpu_backward,
     cpu_unsupported=_cpu_unsupported,
     cast=("x", "dw1_weight", "dw1_bias", "pw1_weight", "dw2_weight", "dw2_bias", "pw2_weight"),
 )
@@ -255,11 +262,10 @@ class DecoderBlock(nn.Module):
         self.norm = nn.GroupNorm(num_groups, middle, eps=eps)
         self.pointwise2 = nn.Conv2d(middle, channels, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]."""
+    def weights(self) -> tuple[Tensor, ...]:
+        """The tensors that :func:`decoder_block` takes after x, in its order."""
         assert self.depthwise1.bias is not None and self.depthwise2.bias is not None
-        return decoder_block(
-            x,
+        return (
             self.depthwise1.weight,
             self.depthwise1.bias,
             self.pointwise1.weight,
@@ -268,6 +274,8 @@ class DecoderBlock(nn.Module):
             self.norm.weight,
             self.norm.bias,
             self.pointwise2.weight,
-            self.norm.num_groups,
-            self.norm.eps,
         )
+
+    def forward(self, x: Tensor, *, low_memory: bool = False) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]; see :func:`decoder_block`."""
+        return decoder_block(x, *self.weights(), self.norm.num_groups, self.norm.eps, low_memory=low_memory)

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from snapgen_kernels._cpu import packed
 from snapgen_kernels._library import like
+from snapgen_kernels._cpu.sepconv import group_statistics
+from snapgen_kernels._cpu.sepconv_backward import depthwise, gradients, pointwise, pointwise_weight, rows_of, separable
 from snapgen_kernels.decoder_block import new_outputs
+from snapgen_kernels.group_norm_silu import Norm
 
 _cpu = torch.ops.snapgen_cpu
 Progress = Callable[[float], None]
@@ -132,3 +135,133 @@ def forward(
 def kept_share(x: Tensor) -> float:
     """The share of the middle image that is fastest to keep rather than to compute twice."""
     return 1.0
+
+
+def inplace(
+    x: Tensor,
+    dw1_weight: Tensor,
+    dw1_bias: Tensor,
+    pw1_weight: Tensor,
+    dw2_weight: Tensor,
+    dw2_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pw2_weight: Tensor,
+    num_groups: int,
+    eps: float,
+    memory: int | None,
+    next_norm: tuple[int, float] | None,
+    progress: Progress | None,
+) -> tuple[Tensor, Moments | None]:
+    """The block in x's memory (or in that of a dense copy): y, and its statistics if ``next_norm`` asks for them."""
+    if x.numel() == 0:
+        return x, None
+    weights = (dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
+    y = _dense(x)
+    kept = kept_share(y)
+    middle = dw2_bias.shape[0] * y.shape[0] * y.shape[2] * y.shape[3] * y.element_size()
+    if memory is not None and kept * middle > memory:
+        kept = 0.0
+    *_, found = run(y, *weights, num_groups, eps, out=y, kept=kept, next_norm=next_norm, progress=progress)
+    return y, found
+
+
+def norm_conv(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, statistics: Moments | None) -> Tensor:
+    """``snapgen_kernels.decoding.norm_silu_conv``."""
+    x = _dense(x)
+    out = _image(x, weight.shape[0], x.shape[2])
+    if out.numel() == 0:
+        return out
+    mean, rstd = statistics or group_statistics(x, norm.num_groups, norm.eps)
+    # B of one product for all taps: [C, 9 O], tap by tap.
+    taps = _cpu.pack(weight.permute(2, 3, 0, 1).flatten(0, 2).t())
+    _cpu.norm_conv(x, norm.weight, norm.bias, mean, rstd, norm.num_groups, taps, bias, out)
+    return out
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    dw1_weight: Tensor,
+    dw1_bias: Tensor,
+    pw1_weight: Tensor,
+    dw2_weight: Tensor,
+    dw2_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pw2_weight: Tensor,
+    num_groups: int,
+    eps: float,
+    low_memory: bool,
+    keep_middle: bool,
+    y_middle: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """``snapgen::decoder_block_backward``: the middle image is there or computed again; what is before it always is."""
+    arguments = (x, dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
+    if x.numel() == 0:
+        return gradients([None] * len(arguments), arguments, needs, dy)
+    in_x, in_dw1, in_b1, in_pw1, in_dw2, in_b2, in_nw, in_nb, in_pw2 = needs
+    before_middle = in_x or in_dw1 or in_b1 or in_pw1
+    before_norm = before_middle or in_dw2 or in_b2
+    dy_rows, x_rows = rows_of(dy), rows_of(x)
+
+    # m = PW1(DW1(x)), the middle image h = DW2(m), a = SiLU(GN(h)).
+    recompute = not keep_middle and (before_norm or in_nw or in_nb or in_pw2)
+    m = None
+    if recompute or in_dw2:
+        d1 = depthwise(None, x_rows, dw1_weight, dw1_bias, d=True, needs=[False] * 5).d
+        assert d1 is not None
+        m = d1.new_empty((*d1.shape[:3], pw1_weight.shape[0]))
+        _cpu.product(d1.flatten(0, 2), packed(pw1_weight, "b"), m.view(-1, m.shape[3]))
+        del d1
+    if recompute:
+        h = depthwise(None, m, dw2_weight, dw2_bias, d=True, needs=[False] * 5).d
+        h = h.permute(0, 3, 1, 2)
+    else:
+        h = y_middle
+    dpw2 = dnw = dnb = dh = None
+    if in_pw2:
+        a = torch.ops.snapgen.group_norm_silu(h, num_groups, norm_weight, norm_bias, eps)[0]
+        dpw2 = pointwise_weight(dy_rows, rows_of(a), pw2_weight)
+        del a
+    if before_norm or in_nw or in_nb:
+        da = pointwise(dy_rows, pw2_weight, needs=(True, False, False)).d
+        assert da is not None
+        dh, dnw, dnb = torch.ops.snapgen.group_norm_silu_backward(
+            da.permute(0, 3, 1, 2), h, num_groups, norm_weight, norm_bias, eps, mean, rstd, [before_norm, in_nw, in_nb]
+        )
+        del da
+    del h
+    inner = outer = None
+    if before_norm:
+        dh = rows_of(dh)
+        # Without the weight's gradient the values of m are not read, only its shape.
+        needed = [before_middle, in_dw2, in_b2, False, False]
+        inner = depthwise(dh, dh if m is None else m, dw2_weight, dw2_bias, needs=needed)
+    del dh, m
+    if before_middle:
+        assert inner is not None and inner.x is not None
+        outer = separable(
+            inner.x,
+            x_rows,
+            dw1_weight,
+            pw1_weight,
+            dw1_bias,
+            extra=dy_rows if in_x else None,
+            needs=(in_x, in_dw1, in_pw1, in_b1, False, False, False, False),
+        )
+    found = (
+        None if outer is None or outer.x is None else outer.x.permute(0, 3, 1, 2),
+        outer and outer.dw_weight,
+        outer and outer.dw_bias,
+        outer and outer.pw_weight,
+        inner and inner.weight,
+        inner and inner.bias,
+        dnw,
+        dnb,
+        dpw2,
+    )
+    return gradients(found, arguments, needs, dy)
