@@ -19,20 +19,6 @@ constexpr int64_t granules(int64_t rows) {
   return (rows + kGranule<P> - 1) / kGranule<P> * kGranule<P>;
 }
 
-// kLanes channels of a pixel, of which `some` exist.
-template <class T>
-SG_INLINE Vec<float, kLanes> load_some(const T* p, int64_t some) {
-  if (some >= kLanes) return load<kLanes>(p);
-  Vec<float, kLanes> v{};
-  for (int64_t i = 0; i < some; ++i) v[i] = wide(p[i]);
-  return v;
-}
-template <class T>
-SG_INLINE void store_some(T* p, Vec<float, kLanes> v, int64_t some) {
-  if (some >= kLanes) return store<kLanes>(p, v);
-  for (int64_t i = 0; i < some; ++i) to_panel(v[i], p + i);
-}
-
 // z * sigmoid(z) for a panel of P: to a few ulp for float, to a tenth of an ulp of bf16 for bf16.
 template <class P>
 SG_INLINE Vec<float, kLanes> silu_for(Vec<float, kLanes> z) {

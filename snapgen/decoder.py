@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from snapgen_kernels import DecoderBlock, Norm, SepConv2d
 from snapgen_kernels.decoding import apply_block, norm_silu_conv
 
-
 Progress = Callable[[int, int], None]
 
 
@@ -131,6 +130,7 @@ class TinyDecoder(ModelMixin, ConfigMixin):
             done += macs
             if progress is not None:
                 progress(done, total)
+        assert self.conv_out.bias is not None
         pictures = norm_silu_conv(x, norm, self.conv_out.weight, self.conv_out.bias, statistics=statistics)
         if progress is not None:
             progress(total, total)

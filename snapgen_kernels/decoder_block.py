@@ -15,7 +15,7 @@ memory for the second sweep or is computed twice (``low_memory``). Kept for the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,19 @@ from snapgen_kernels.group_norm_silu import reference as group_norm_silu_referen
 from snapgen_kernels.sepconv import check_separable, new_image
 
 NAME = "decoder_block"
+
+
+class Weights(NamedTuple):
+    """The parameters of a block, in the order of the op's arguments."""
+
+    dw1_weight: Tensor
+    dw1_bias: Tensor
+    pw1_weight: Tensor
+    dw2_weight: Tensor
+    dw2_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    pw2_weight: Tensor
 
 
 def _middle(
@@ -110,7 +123,7 @@ def _reference_with_saved(
 
 def new_outputs(x: Tensor, middle: int, num_groups: int, keep_middle: bool) -> tuple[Tensor, ...]:
     """Uninitialised outputs of the registered op: y, the middle image or an empty tensor, mean, rstd."""
-    batch, channels, height, width = x.shape
+    channels, height, width = x.shape[1:]
     h = new_image(x, middle, height, width) if keep_middle else x.new_empty(0)
     return new_image(x, channels, height, width), h, *new_statistics(x, num_groups)
 
@@ -145,16 +158,9 @@ def _cpu_backward(*args: Any) -> tuple[Tensor, ...]:
     return kernels.backward(*args)
 
 
-_WEIGHTS = (
-    "dw1_weight",
-    "dw1_bias",
-    "pw1_weight",
-    "dw2_weight",
-    "dw2_bias",
-    "norm_weight",
-    "norm_bias",
-    "pw2_weight",
-)
+_WEIGHTS = Weights._fields
+
+
 def _unsupported(x: Tensor, weights: Sequence[Tensor]) -> str | None:
     """None if a fused kernel takes this call, else the reason."""
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -230,7 +236,7 @@ def decoder_block(
     check_groups(NAME, middle, num_groups)
     for name, tensor in (("dw2_bias", dw2_bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         check_shape(NAME, name, tensor, (middle,), x)
-    weights = (dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
+    weights = Weights(dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
     if _backend.select(NAME, x.device.type, _unsupported(x, weights)):
         trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
         keep_middle = trained and not low_memory
@@ -262,10 +268,10 @@ class DecoderBlock(nn.Module):
         self.norm = nn.GroupNorm(num_groups, middle, eps=eps)
         self.pointwise2 = nn.Conv2d(middle, channels, 1, bias=False)
 
-    def weights(self) -> tuple[Tensor, ...]:
-        """The tensors that :func:`decoder_block` takes after x, in its order."""
+    def weights(self) -> Weights:
+        """The parameters by the names that :func:`decoder_block` has for them."""
         assert self.depthwise1.bias is not None and self.depthwise2.bias is not None
-        return (
+        return Weights(
             self.depthwise1.weight,
             self.depthwise1.bias,
             self.pointwise1.weight,

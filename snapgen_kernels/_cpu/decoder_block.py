@@ -7,12 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-
 from snapgen_kernels._cpu import packed
-from snapgen_kernels._library import like
 from snapgen_kernels._cpu.sepconv import group_statistics
 from snapgen_kernels._cpu.sepconv_backward import depthwise, gradients, pointwise, pointwise_weight, rows_of, separable
-from snapgen_kernels.decoder_block import new_outputs
+from snapgen_kernels._library import like
+from snapgen_kernels.decoder_block import Weights, new_outputs
 from snapgen_kernels.group_norm_silu import Norm
 
 _cpu = torch.ops.snapgen_cpu
@@ -37,14 +36,7 @@ def _parts(tasks: int, progress: Progress | None) -> list[tuple[int, int]]:
 
 def run(
     x: Tensor,
-    dw1_weight: Tensor,
-    dw1_bias: Tensor,
-    pw1_weight: Tensor,
-    dw2_weight: Tensor,
-    dw2_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    pw2_weight: Tensor,
+    w: Weights,
     num_groups: int,
     eps: float,
     *,
@@ -66,13 +58,13 @@ def run(
         mean and rstd of y where ``next_norm`` asks for them.
     """
     batch, channels, height, _ = x.shape
-    middle = dw2_bias.shape[0]
+    middle = w.dw2_bias.shape[0]
     tasks, bands = _cpu.decoder_block_tasks(x, middle), _cpu.decoder_block_bands(x, middle)
     kept_bands = round(kept * bands)
     rows = height if kept_bands == bands else kept_bands * _cpu.decoder_block_band_rows(x, middle)
     mean = x.new_empty((batch, num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    first = (dw1_weight, dw1_bias, packed(pw1_weight, "b"), dw2_weight, dw2_bias)
+    first = (w.dw1_weight, w.dw1_bias, packed(w.pw1_weight, "b"), w.dw2_weight, w.dw2_bias)
     h = _image(x, middle, rows)
     moments = x.new_empty((tasks, num_groups, 2), dtype=torch.float64)
     parts = _parts(tasks, progress)
@@ -88,11 +80,9 @@ def run(
         _cpu.decoder_block_frames(x, middle, kept_bands, frames)
     out_groups, out_eps = (0, 0.0) if next_norm is None else next_norm
     out_moments = x.new_empty((tasks, out_groups, 2), dtype=torch.float64)
-    norm = (norm_weight, norm_bias, packed(pw2_weight, "b"), mean, rstd, num_groups)
+    norm = (w.norm_weight, w.norm_bias, packed(w.pw2_weight, "b"), mean, rstd, num_groups)
     for index, (begin, end) in enumerate(parts):
-        _cpu.decoder_block_finish(
-            x, *first, *norm, h, kept_bands, frames, out_groups, begin, end, out, out_moments
-        )
+        _cpu.decoder_block_finish(x, *first, *norm, h, kept_bands, frames, out_groups, begin, end, out, out_moments)
         if progress is not None:
             progress((len(parts) + index + 1) / (2 * len(parts)))
     if next_norm is None:
@@ -119,14 +109,14 @@ def forward(
     keep_middle: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op: y, the middle image (empty unless kept), mean and rstd."""
-    weights = (dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
+    w = Weights(dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
     y, h, mean, rstd = new_outputs(x, dw2_bias.shape[0], num_groups, keep_middle)
     if x.numel() == 0:
         return y, h, mean.fill_(torch.nan), rstd.fill_(torch.nan)
     dense = _dense(x)
     out = y if y.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(dense)
     kept = 1.0 if keep_middle else 0.0 if low_memory else kept_share(x)
-    mean, rstd, middle, _ = run(dense, *weights, num_groups, eps, out=out, kept=kept)
+    mean, rstd, middle, _ = run(dense, w, num_groups, eps, out=out, kept=kept)
     if keep_middle:
         h = like(middle, h)
     return (y if out is y else y.copy_(out)), h, mean, rstd
@@ -139,14 +129,7 @@ def kept_share(x: Tensor) -> float:
 
 def inplace(
     x: Tensor,
-    dw1_weight: Tensor,
-    dw1_bias: Tensor,
-    pw1_weight: Tensor,
-    dw2_weight: Tensor,
-    dw2_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    pw2_weight: Tensor,
+    w: Weights,
     num_groups: int,
     eps: float,
     memory: int | None,
@@ -156,13 +139,12 @@ def inplace(
     """The block in x's memory (or in that of a dense copy): y, and its statistics if ``next_norm`` asks for them."""
     if x.numel() == 0:
         return x, None
-    weights = (dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
     y = _dense(x)
     kept = kept_share(y)
-    middle = dw2_bias.shape[0] * y.shape[0] * y.shape[2] * y.shape[3] * y.element_size()
+    middle = w.dw2_bias.shape[0] * y.shape[0] * y.shape[2] * y.shape[3] * y.element_size()
     if memory is not None and kept * middle > memory:
         kept = 0.0
-    *_, found = run(y, *weights, num_groups, eps, out=y, kept=kept, next_norm=next_norm, progress=progress)
+    *_, found = run(y, w, num_groups, eps, out=y, kept=kept, next_norm=next_norm, progress=progress)
     return y, found
 
 
@@ -218,8 +200,11 @@ def backward(
         _cpu.product(d1.flatten(0, 2), packed(pw1_weight, "b"), m.view(-1, m.shape[3]))
         del d1
     if recompute:
-        h = depthwise(None, m, dw2_weight, dw2_bias, d=True, needs=[False] * 5).d
-        h = h.permute(0, 3, 1, 2)
+        assert m is not None
+        again = depthwise(None, m, dw2_weight, dw2_bias, d=True, needs=[False] * 5).d
+        assert again is not None
+        h = again.permute(0, 3, 1, 2)
+        del again
     else:
         h = y_middle
     dpw2 = dnw = dnb = dh = None
@@ -237,6 +222,7 @@ def backward(
     del h
     inner = outer = None
     if before_norm:
+        assert dh is not None
         dh = rows_of(dh)
         # Without the weight's gradient the values of m are not read, only its shape.
         needed = [before_middle, in_dw2, in_b2, False, False]

@@ -161,7 +161,7 @@ def test_low_memory_training_has_the_same_gradients() -> None:
         torch.testing.assert_close(one, other)
 
 
-# ---- the last layer ----------------------------------------------------------------------------------------------------
+# ---- the last layer ------------------------------------------------------------------------------------------
 
 
 def _head(batch: int, channels: int, height: int, width: int, outputs: int, dtype: torch.dtype, layout: str) -> tuple:
@@ -216,7 +216,9 @@ def test_last_layer_takes_statistics_and_empty_batches() -> None:
     x, norm, weight, bias = _head(2, 12, 5, 7, 3, torch.float32, "channels_last")
     groups = x.reshape(2, norm.num_groups, -1)
     known = groups.mean(-1), (groups.var(-1, correction=0) + norm.eps).rsqrt()
-    torch.testing.assert_close(norm_silu_conv(x, norm, weight, bias, statistics=known), reference(x, norm, weight, bias))
+    torch.testing.assert_close(
+        norm_silu_conv(x, norm, weight, bias, statistics=known), reference(x, norm, weight, bias)
+    )
     assert norm_silu_conv(x[:0], norm, weight, bias).shape == (0, 3, 5, 7)
 
 
