@@ -7,7 +7,7 @@ from torch import Tensor
 
 from snapgen_kernels._cpu import packed
 from snapgen_kernels.group_norm_silu import Norm, new_statistics
-from snapgen_kernels.sepconv import new_image, no_statistics, output_size
+from snapgen_kernels.sepconv import is_channels_last, new_image, no_statistics, output_size
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def forward(
     mean, rstd = group_statistics(x, num_groups, eps) if normed else no_statistics(x)
     if y.numel() == 0:
         return y, mean, rstd
-    target = torch.empty_like(y, memory_format=torch.channels_last)
+    target = y if is_channels_last(y) else torch.empty_like(y, memory_format=torch.channels_last)
     half(
         x,
         target,
@@ -117,4 +117,4 @@ def forward(
         stride=stride,
         upsample=upsample,
     )
-    return target if target.stride() == y.stride() else y.copy_(target), mean, rstd
+    return y if target is y else y.copy_(target), mean, rstd
