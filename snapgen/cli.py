@@ -30,6 +30,7 @@ def generate(
     count: int = 1,
     height: int | None = None,
     width: int | None = None,
+    low_memory: bool = False,
 ) -> None:
     """Draw pictures from prompts.
 
@@ -43,6 +44,7 @@ def generate(
         count: Pictures for each prompt.
         height: Pixels; by default what the model was trained at.
         width: Pixels; by default what the model was trained at.
+        low_memory: Decode in less memory, for large pictures on small machines.
     """
     import torch
 
@@ -65,6 +67,7 @@ def generate(
         generator=torch.Generator().manual_seed(seed),
         height=height,
         width=width,
+        low_memory=low_memory,
     ).images
     if len(pictures) == 1:
         with io.whole_file(out) as temporary:

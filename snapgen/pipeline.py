@@ -172,6 +172,7 @@ class SnapGenPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        low_memory: bool = False,
     ) -> Any:
         """Draw pictures: an ImagePipelineOutput, whose `images` they are, or without `return_dict` a tuple of them.
 
@@ -182,6 +183,7 @@ class SnapGenPipeline(DiffusionPipeline):
             guidance_scale: classifier-free guidance; 1 turns it off and halves the work.
             latents: starting noise [B, C, H, W], instead of noise from `generator`.
             output_type: "pil", "pt" (tensor [B, 3, H, W] in [-1, 1]) or "latent".
+            low_memory: decode in less memory (see `TinyDecoder.decode`).
 
         Raises:
             ValueError: an argument does not fit; names it, what was given and what is allowed.
@@ -226,11 +228,17 @@ class SnapGenPipeline(DiffusionPipeline):
             raise FloatingPointError("the denoiser gave values that are not finite; its weights may be damaged")
         pictures: Any = latents
         if output_type != "latent":
-            pictures = self.decoder.decode(latents.to(self.decoder.dtype)).float().clamp(-1, 1)
+            pictures = self._decode(latents.to(self.decoder.dtype), low_memory).float().clamp(-1, 1)
         if output_type == "pil":
             pictures = to_pictures(pictures)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _decode(self, latents: Tensor, low_memory: bool) -> Tensor:
+        with self.progress_bar(total=100) as bar:
+            return self.decoder.decode(
+                latents, low_memory=low_memory, progress=lambda done, total: bar.update(100 * done // total - bar.n)
+            )
 
     @property
     def unit(self) -> int:

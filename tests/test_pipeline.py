@@ -41,6 +41,19 @@ def assert_loaded(pipe, again) -> None:
     torch.testing.assert_close(draw(pipe), draw(again), atol=1e-4, rtol=1e-4)
 
 
+def test_low_memory_draws_the_same_picture(tiny):
+    torch.testing.assert_close(draw(tiny, low_memory=True), draw(tiny), atol=1e-5, rtol=1e-5)
+
+
+def test_decoding_shows_its_progress(tiny, capsys):
+    tiny.set_progress_bar_config(disable=False)
+    try:
+        draw(tiny)
+    finally:
+        tiny.set_progress_bar_config(disable=True)
+    assert capsys.readouterr().err.count("100%") == 2  # steps, decoding
+
+
 def large_pipe(**dropped) -> SnapGenPipeline:
     """Two CLIPs and a Gemma of the real kinds, small; context 40 wide, pooled 12 + 20."""
     torch.manual_seed(0)
