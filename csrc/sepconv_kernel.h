@@ -17,6 +17,33 @@ SG_INLINE SepconvUnit sepconv_unit(const Sepconv& s, int64_t unit) {
 }
 
 constexpr int64_t kSepconvRing = 3;
+
+// Asks for memory while products run, a few lines at a time: a core has few requests under way, and a burst would stall it.
+class Ahead {
+ public:
+  void clear() { count_ = at_ = 0; }
+  void add(const void* begin, int64_t bytes) {
+    if (count_ < kMost) begin_[count_] = static_cast<const char*>(begin), bytes_[count_++] = bytes;
+  }
+  void lines(int64_t n) {
+    while (n-- > 0 && at_ < count_) {
+      __builtin_prefetch(begin_[at_], 0, 2);
+      begin_[at_] += 64;
+      if ((bytes_[at_] -= 64) <= 0) ++at_;
+    }
+  }
+  int64_t total() const {
+    int64_t sum = 0;
+    for (int i = at_; i < count_; ++i) sum += bytes_[i] / 64 + 1;
+    return sum;
+  }
+
+ private:
+  static constexpr int kMost = 16;
+  const char* begin_[kMost];
+  int64_t bytes_[kMost];
+  int count_ = 0, at_ = 0;
+};
 constexpr int64_t kSepconvBlockBytes = 65536;  // of C that an epilogue reads back
 
 // Where things lie in a thread's scratch.
@@ -24,7 +51,7 @@ template <class T>
 struct SepconvBuffers {
   using P = Panel<T>;
   int64_t channels, pitch, slots, lda, skip_lda, columns, blocks, panel_rows;
-  int64_t ring, zeros, taps, norm, dw_bias, bias, panel, skip, c, sums, bytes;
+  int64_t ring, zeros, taps, norm, dw_bias, panel, skip, c, sums, pixels, bytes;
 
   explicit SepconvBuffers(const Sepconv& s) {
     channels = row_channels<P>(s.channels);
@@ -46,6 +73,7 @@ struct SepconvBuffers {
     panel = take(panel_rows * lda * int64_t(sizeof(P)));
     skip = take(s.skip ? panel_rows * skip_lda * int64_t(sizeof(P)) : 0);
     c = take(panel_rows * blocks * kColumns * 4);
+    pixels = take(panel_rows * 8);
     sums = take(s.moments ? s.panel_units * 3 * columns * 4 : 0);
   }
 
@@ -113,7 +141,7 @@ SG_INLINE void finish_channels(const float* values, int64_t ldc, int64_t pixels,
 }
 
 template <class T, bool sums>
-void finish(const float* values, int64_t ldc, int64_t pixels, const float* bias, const T* residual, T* out, int64_t outputs,
+__attribute__((noinline)) void finish(const float* values, int64_t ldc, int64_t pixels, const float* bias, const T* residual, T* out, int64_t outputs,
             const ChannelSums& s, int64_t c, int64_t end, bool first) {
   const int64_t begin = c;
 #define SG_FINISH(N, V)                                                                                                  \
@@ -125,14 +153,24 @@ void finish(const float* values, int64_t ldc, int64_t pixels, const float* bias,
 #undef SG_FINISH
 }
 
+SG_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class T>
 struct SepconvRun {
   using P = Panel<T>;
+  // Rows of a product between which memory is asked for: those of a tile.
+#if SG_AMX
+  static constexpr bool kWholeStrips = sizeof(P) == 2;
+#else
+  static constexpr bool kWholeStrips = false;
+#endif
+  static constexpr int64_t kStrip = kWholeStrips ? 32 : kTileRows;
   const Sepconv& s;
   const SepconvBuffers<T> b;
   char* const memory;
   int64_t held[kSepconvRing];  // input row in each slot of the ring, of this column of units
   int64_t column = -1, sample = -1;
+  Ahead ahead;
 
   SepconvRun(const Sepconv& args, void* scratch) : s(args), b(args), memory(static_cast<char*>(scratch)) {
     float* taps = floats(b.taps);
@@ -215,28 +253,97 @@ struct SepconvRun {
     return {at, at + b.columns, at + 2 * b.columns};
   }
 
-  void panel_of_units(int64_t begin, int64_t end) {
+  // Input rows that a unit reads, some of them perhaps outside the image.
+  void input_rows(const SepconvUnit& u, int64_t* top, int64_t* bottom) const {
+    const int64_t last = u.first_row + u.rows - 1;
+    if (s.upsample && s.stride == 1) *top = (u.first_row + 1) / 2 - 1, *bottom = (last + 1) / 2;
+    else if (s.upsample) *top = u.first_row - 1, *bottom = last;
+    else *top = u.first_row * s.stride - 1, *bottom = last * s.stride + 1;
+  }
+
+  // What units [begin, end) will read of x that the ring does not hold yet.
+  void foresee(int64_t begin, int64_t end) {
+    ahead.clear();
+    const int64_t size = int64_t(sizeof(T)) * s.channels;
+    int64_t seen = -1, seen_column = -1, bottom = 0;
+    if (begin > 0) {
+      int64_t top;
+      input_rows(sepconv_unit(s, begin - 1), &top, &seen);
+      seen_column = (begin - 1) / s.units_of_tile;
+    }
+    for (int64_t unit = begin; unit < end; ++unit, seen = bottom) {
+      const SepconvUnit u = sepconv_unit(s, unit);
+      int64_t top;
+      input_rows(u, &top, &bottom);
+      if (unit / s.units_of_tile == seen_column && top <= seen) top = seen + 1;
+      seen_column = unit / s.units_of_tile;
+      if (top < 0) top = 0;
+      const int64_t rows = (bottom < s.height ? bottom + 1 : s.height) - top;
+      if (rows <= 0) continue;
+      const char* x = static_cast<const char*>(s.x) + (u.sample * s.height + top) * s.width * size;
+      if (s.tiles == 1) {
+        ahead.add(x, rows * s.width * size);
+      } else {
+        const int64_t left = u.first_column * s.width / s.out_width, columns = u.columns * s.width / s.out_width;
+        for (int64_t y = 0; y < rows; ++y) ahead.add(x + (y * s.width + left) * size, columns * size);
+      }
+    }
+  }
+
+  // The product of `rows` panel rows with block j, C at its place; what the epilogue and the next panel will touch is asked for.
+  void product(int64_t m, int64_t rows, int64_t j, int64_t blocks, int64_t lines, float* c, int64_t ldc) {
+    const P* panel = reinterpret_cast<const P*>(memory + b.panel) + m * b.lda;
+    const int64_t* pixels = reinterpret_cast<const int64_t*>(memory + b.pixels) + m;
+    const int64_t n0 = j * kColumns, bytes = blocks * kColumns * int64_t(sizeof(T));
+    const char* out = reinterpret_cast<const char*>(static_cast<const T*>(s.out) + n0);
+    const char* residual = reinterpret_cast<const char*>(static_cast<const T*>(s.residual) + n0);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = pixels[i] * s.outputs * int64_t(sizeof(T));
+      for (int64_t k = 0; k < bytes; k += 64) {
+        __builtin_prefetch(out + at + k, 1, 2);
+        if (s.residual) __builtin_prefetch(residual + at + k, 0, 2);
+      }
+    }
+    ahead.lines(lines);
+    gemm<P>(rows, blocks, s.channels, panel, b.lda, static_cast<const P*>(s.pw) + j * block_stride<P>(s.channels), c, ldc, false);
+    if (s.skip)
+      gemm<P>(rows, blocks, s.skip_channels, reinterpret_cast<const P*>(memory + b.skip) + m * b.skip_lda, b.skip_lda,
+              static_cast<const P*>(s.skip_weight) + j * block_stride<P>(s.skip_channels), c, ldc, true);
+  }
+
+  void panel_of_units(int64_t begin, int64_t end, int64_t next) {
     P* panel = reinterpret_cast<P*>(memory + b.panel);
     P* skip = reinterpret_cast<P*>(memory + b.skip);
     float* c = floats(b.c);
+    int64_t* where = reinterpret_cast<int64_t*>(memory + b.pixels);
     int64_t pixels = 0;
     for (int64_t unit = begin; unit < end; ++unit) {
       const SepconvUnit u = sepconv_unit(s, unit);
       fill(u, unit, panel + pixels * b.lda);
       const Runs r = runs(u);
-      for (int64_t i = 0; i < r.count; ++i, pixels += r.pixels)
+      for (int64_t i = 0; i < r.count; ++i, pixels += r.pixels) {
+        for (int64_t p = 0; p < r.pixels; ++p) where[pixels + p] = r.first + i * r.step + p;
         if (s.skip)
           pack_a<P, T>(static_cast<const T*>(s.skip) + (r.first + i * r.step) * s.skip_channels, s.skip_channels, 1, r.pixels,
                        s.skip_channels, skip + pixels * b.skip_lda, b.skip_lda);
+      }
     }
+    foresee(end, next);
+    const int64_t strips = (pixels + kStrip - 1) / kStrip;
+    const int64_t lines = ahead.total() / (strips * blocks_of(s.outputs)) + 1;
     const int64_t ldc = b.blocks * kColumns;
     for (int64_t j = 0; j < blocks_of(s.outputs); j += b.blocks) {
       const int64_t some = blocks_of(s.outputs) - j < b.blocks ? blocks_of(s.outputs) - j : b.blocks;
-      gemm<P>(pixels, some, s.channels, panel, b.lda, static_cast<const P*>(s.pw) + j * block_stride<P>(s.channels), c, ldc,
-              false);
-      if (s.skip)
-        gemm<P>(pixels, some, s.skip_channels, skip, b.skip_lda,
-                static_cast<const P*>(s.skip_weight) + j * block_stride<P>(s.skip_channels), c, ldc, true);
+      for (int64_t t = 0, m = 0; t < strips; ++t) {
+        int64_t rows = (pixels - m + strips - t - 1) / (strips - t);
+        if (kWholeStrips) rows = pixels - m < kStrip ? pixels - m : kStrip;
+        if (kWholeStrips && rows < kStrip) {  // tiles of another height are set up once
+          product(m, rows, j, some, lines * some, c + m * ldc, ldc);
+        } else {
+          for (int64_t k = 0; k < some; ++k) product(m, rows, j + k, 1, lines, c + m * ldc + k * kColumns, ldc);
+        }
+        m += rows;
+      }
       const int64_t n0 = j * kColumns, n1 = n0 + some * kColumns < s.outputs ? n0 + some * kColumns : s.outputs;
       const float* values = c;
       for (int64_t unit = begin; unit < end; ++unit) {
@@ -265,7 +372,7 @@ void sepconv(const Sepconv& s, int64_t begin, int64_t end, void* scratch) {
   SepconvRun<T> run(s, scratch);
   tiles_begin();
   for (int64_t unit = begin; unit < end; unit += s.panel_units)
-    run.panel_of_units(unit, end - unit < s.panel_units ? end : unit + s.panel_units);
+    run.panel_of_units(unit, least(unit + s.panel_units, end), least(unit + 2 * s.panel_units, end));
   tiles_end();
 }
 
