@@ -223,15 +223,18 @@ void pack_a(const S* src, int64_t sm, int64_t sk, int64_t M, int64_t K, P* out, 
 
 // ---- products ---------------------------------------------------------------------------------------------------------
 
-// C[MR, kColumns] by outer products: two vectors of B meet a broadcast element of every row of A.
+// A slice of K of a block of B, in bytes of a column: it stays in the first cache while tiles of A pass by.
+constexpr int64_t kTileSlice = 1024;
+
+// C[MR, kColumns] by outer products: two vectors of B meet a broadcast element of every row of A. What C held is added at the
+// end: sums of slices err less than one sum of all.
 template <int MR>
 void float_tile(int64_t K, const float* A, int64_t lda, const float* B, float* C, int64_t ldc, bool accumulate) {
   using V = Vec<float, kLanes>;
   V left[MR], right[MR];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
-    left[i] = accumulate ? load<kLanes>(C + i * ldc) : V{};
-    right[i] = accumulate ? load<kLanes>(C + i * ldc + kLanes) : V{};
+    left[i] = right[i] = V{};
   }
   // Rows are reached from few pointers by multiples of lda, which keeps them all in registers.
   const float *a0 = A, *a1 = A + 5 * lda, *a2 = A + 10 * lda;
@@ -245,7 +248,10 @@ void float_tile(int64_t K, const float* A, int64_t lda, const float* B, float* C
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) store<kLanes>(C + i * ldc, left[i]), store<kLanes>(C + i * ldc + kLanes, right[i]);
+  for (int i = 0; i < MR; ++i) {
+    if (accumulate) left[i] += load<kLanes>(C + i * ldc), right[i] += load<kLanes>(C + i * ldc + kLanes);
+    store<kLanes>(C + i * ldc, left[i]), store<kLanes>(C + i * ldc + kLanes, right[i]);
+  }
 }
 
 #if SG_BF16 && !SG_AMX
@@ -298,11 +304,10 @@ SG_INLINE Tile<P> tile_of(int64_t rows) {
 #undef SG_TILE
 }
 
-template <class P>
+template <class P, class Between>
 SG_INLINE void gemm_by_tiles(int64_t M, int64_t blocks, int64_t K, const P* A, int64_t lda, const P* B, float* C,
-                             int64_t ldc, bool accumulate) {
-  // A slice of a block of B stays in the first cache while the tiles of A pass by.
-  constexpr int64_t kSlice = 256 * 4 / sizeof(P);
+                             int64_t ldc, bool accumulate, const Between& between) {
+  constexpr int64_t kSlice = kTileSlice / int64_t(sizeof(P));
   // Tiles of equal height rather than full ones and a rest.
   const int64_t tiles = (M + kTileRows - 1) / kTileRows, depth = padded<P>(K);
   for (int64_t k = 0; k == 0 || k < depth; k += kSlice) {
@@ -312,6 +317,7 @@ SG_INLINE void gemm_by_tiles(int64_t M, int64_t blocks, int64_t K, const P* A, i
         const int64_t rows = (M - m + tiles - t - 1) / (tiles - t);
         tile_of<P>(rows)(slice, A + m * lda + k, lda, B + j * block_stride<P>(K) + k * kColumns, C + m * ldc + j * kColumns, ldc,
                          accumulate || k > 0);
+        between();
         m += rows;
       }
   }
@@ -369,10 +375,11 @@ SG_INLINE void amx_tile(int64_t K, const bf16* A, int64_t lda, const bf16* B, fl
   }
 }
 
+template <class Between>
 inline void gemm_by_amx(int64_t M, int64_t blocks, int64_t K, const bf16* A, int64_t lda, const bf16* B, float* C, int64_t ldc,
-                        bool accumulate) {
+                        bool accumulate, const Between& between) {
   // A slice of some rows of A and one of a block of B fill the first cache together.
-  constexpr int64_t kSlice = 512, kGroup = 64;
+  constexpr int64_t kSlice = kTileSlice / 2, kGroup = 64;
   const int64_t depth = padded<bf16>(K), full = M / 32 * 32, rest = M - full;
   if (depth == 0 && !accumulate)
     for (int64_t m = 0; m < M; ++m) __builtin_memset(C + m * ldc, 0, size_t(blocks * kColumns) * 4);
@@ -382,8 +389,10 @@ inline void gemm_by_amx(int64_t M, int64_t blocks, int64_t K, const bf16* A, int
     const bf16* b = B + k * kColumns;
     for (int64_t group = 0; group < full; group += kGroup)
       for (int64_t j = 0; j < blocks; ++j)
-        for (int64_t m = group; m < full && m < group + kGroup; m += 32)
+        for (int64_t m = group; m < full && m < group + kGroup; m += 32) {
           amx_tile<true>(slice, A + m * lda + k, lda, b + j * block_stride<bf16>(K), C + m * ldc + j * kColumns, ldc, add);
+          between();
+        }
     if (rest) {
       configure_tiles(int(rest > 16 ? 16 : rest), int(rest > 16 ? rest - 16 : 1));
       for (int64_t j = 0; j < blocks; ++j) {
@@ -392,6 +401,7 @@ inline void gemm_by_amx(int64_t M, int64_t blocks, int64_t K, const bf16* A, int
         float* c = C + full * ldc + j * kColumns;
         if (rest > 16) amx_tile<true>(slice, a, lda, block, c, ldc, add);
         else amx_tile<false>(slice, a, lda, block, c, ldc, add);
+        between();
       }
       tiles_begin();
     }
@@ -404,12 +414,27 @@ SG_INLINE void tiles_end() {}
 #endif
 
 // C[M, blocks * kColumns] = (accumulate ? C : 0) + A[M, K] B, B at its first block. A has zeros from K to padded<P>(K).
-template <class P>
+// `between` is called gemm_steps(M, blocks, K) times, spread evenly over the work.
+struct Nothing {
+  void operator()() const {}
+};
+template <class P, class Between = Nothing>
 inline void gemm(int64_t M, int64_t blocks, int64_t K, const P* A, int64_t lda, const P* B, float* C, int64_t ldc,
-                 bool accumulate) {
+                 bool accumulate, const Between& between = {}) {
 #if SG_AMX
-  if constexpr (sizeof(P) == 2) return gemm_by_amx(M, blocks, K, A, lda, B, C, ldc, accumulate);
+  if constexpr (sizeof(P) == 2) return gemm_by_amx(M, blocks, K, A, lda, B, C, ldc, accumulate, between);
   else
 #endif
-    gemm_by_tiles<P>(M, blocks, K, A, lda, B, C, ldc, accumulate);
+    gemm_by_tiles<P>(M, blocks, K, A, lda, B, C, ldc, accumulate, between);
+}
+template <class P>
+constexpr int64_t gemm_steps(int64_t M, int64_t blocks, int64_t K) {
+#if SG_AMX
+  constexpr int64_t rows = sizeof(P) == 2 ? 32 : kTileRows;
+#else
+  constexpr int64_t rows = kTileRows;
+#endif
+  constexpr int64_t slice = kTileSlice / int64_t(sizeof(P));
+  const int64_t slices = (padded<P>(K) + slice - 1) / slice;
+  return (M + rows - 1) / rows * blocks * (slices > 1 ? slices : 1);
 }

@@ -18,6 +18,8 @@ SG_INLINE SepconvUnit sepconv_unit(const Sepconv& s, int64_t unit) {
 
 constexpr int64_t kSepconvRing = 3;
 
+constexpr int64_t kSepconvBlockBytes = 65536;  // of C that an epilogue reads back
+
 // Asks for memory while products run, a few lines at a time: a core has few requests under way, and a burst would stall it.
 class Ahead {
  public:
@@ -25,14 +27,14 @@ class Ahead {
   void add(const void* begin, int64_t bytes) {
     if (count_ < kMost) begin_[count_] = static_cast<const char*>(begin), bytes_[count_++] = bytes;
   }
-  void lines(int64_t n) {
-    while (n-- > 0 && at_ < count_) {
+  void ask(int64_t lines) {
+    while (lines-- > 0 && at_ < count_) {
       __builtin_prefetch(begin_[at_], 0, 2);
       begin_[at_] += 64;
       if ((bytes_[at_] -= 64) <= 0) ++at_;
     }
   }
-  int64_t total() const {
+  int64_t lines() const {
     int64_t sum = 0;
     for (int i = at_; i < count_; ++i) sum += bytes_[i] / 64 + 1;
     return sum;
@@ -44,7 +46,6 @@ class Ahead {
   int64_t bytes_[kMost];
   int count_ = 0, at_ = 0;
 };
-constexpr int64_t kSepconvBlockBytes = 65536;  // of C that an epilogue reads back
 
 // Where things lie in a thread's scratch.
 template <class T>
@@ -158,13 +159,6 @@ SG_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class T>
 struct SepconvRun {
   using P = Panel<T>;
-  // Rows of a product between which memory is asked for: those of a tile.
-#if SG_AMX
-  static constexpr bool kWholeStrips = sizeof(P) == 2;
-#else
-  static constexpr bool kWholeStrips = false;
-#endif
-  static constexpr int64_t kStrip = kWholeStrips ? 32 : kTileRows;
   const Sepconv& s;
   const SepconvBuffers<T> b;
   char* const memory;
@@ -290,27 +284,6 @@ struct SepconvRun {
     }
   }
 
-  // The product of `rows` panel rows with block j, C at its place; what the epilogue and the next panel will touch is asked for.
-  void product(int64_t m, int64_t rows, int64_t j, int64_t blocks, int64_t lines, float* c, int64_t ldc) {
-    const P* panel = reinterpret_cast<const P*>(memory + b.panel) + m * b.lda;
-    const int64_t* pixels = reinterpret_cast<const int64_t*>(memory + b.pixels) + m;
-    const int64_t n0 = j * kColumns, bytes = blocks * kColumns * int64_t(sizeof(T));
-    const char* out = reinterpret_cast<const char*>(static_cast<const T*>(s.out) + n0);
-    const char* residual = reinterpret_cast<const char*>(static_cast<const T*>(s.residual) + n0);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = pixels[i] * s.outputs * int64_t(sizeof(T));
-      for (int64_t k = 0; k < bytes; k += 64) {
-        __builtin_prefetch(out + at + k, 1, 2);
-        if (s.residual) __builtin_prefetch(residual + at + k, 0, 2);
-      }
-    }
-    ahead.lines(lines);
-    gemm<P>(rows, blocks, s.channels, panel, b.lda, static_cast<const P*>(s.pw) + j * block_stride<P>(s.channels), c, ldc, false);
-    if (s.skip)
-      gemm<P>(rows, blocks, s.skip_channels, reinterpret_cast<const P*>(memory + b.skip) + m * b.skip_lda, b.skip_lda,
-              static_cast<const P*>(s.skip_weight) + j * block_stride<P>(s.skip_channels), c, ldc, true);
-  }
-
   void panel_of_units(int64_t begin, int64_t end, int64_t next) {
     P* panel = reinterpret_cast<P*>(memory + b.panel);
     P* skip = reinterpret_cast<P*>(memory + b.skip);
@@ -329,21 +302,29 @@ struct SepconvRun {
       }
     }
     foresee(end, next);
-    const int64_t strips = (pixels + kStrip - 1) / kStrip;
-    const int64_t lines = ahead.total() / (strips * blocks_of(s.outputs)) + 1;
+    const int64_t steps = gemm_steps<P>(pixels, blocks_of(s.outputs), s.channels);
+    const int64_t lines = ahead.lines() / steps + 1;
     const int64_t ldc = b.blocks * kColumns;
     for (int64_t j = 0; j < blocks_of(s.outputs); j += b.blocks) {
       const int64_t some = blocks_of(s.outputs) - j < b.blocks ? blocks_of(s.outputs) - j : b.blocks;
-      for (int64_t t = 0, m = 0; t < strips; ++t) {
-        int64_t rows = (pixels - m + strips - t - 1) / (strips - t);
-        if (kWholeStrips) rows = pixels - m < kStrip ? pixels - m : kStrip;
-        if (kWholeStrips && rows < kStrip) {  // tiles of another height are set up once
-          product(m, rows, j, some, lines * some, c + m * ldc, ldc);
-        } else {
-          for (int64_t k = 0; k < some; ++k) product(m, rows, j + k, 1, lines, c + m * ldc + k * kColumns, ldc);
-        }
-        m += rows;
-      }
+      // What the epilogue will write and add to, and what the next panel will read, is on its way by the time it is touched.
+      const int64_t width = some * kColumns * int64_t(sizeof(T)), row = s.outputs * int64_t(sizeof(T));
+      const int64_t spots = (width + 63) / 64 * pixels / gemm_steps<P>(pixels, some, s.channels) + 1;
+      const char* out = static_cast<const char*>(s.out) + j * kColumns * int64_t(sizeof(T));
+      const char* residual = static_cast<const char*>(s.residual) + j * kColumns * int64_t(sizeof(T));
+      int64_t m = 0, offset = 0;
+      gemm<P>(pixels, some, s.channels, panel, b.lda, static_cast<const P*>(s.pw) + j * block_stride<P>(s.channels), c, ldc,
+              false, [&] {
+                for (int64_t i = 0; i < spots && m < pixels; ++i) {
+                  __builtin_prefetch(out + where[m] * row + offset, 1, 2);
+                  if (s.residual) __builtin_prefetch(residual + where[m] * row + offset, 0, 2);
+                  if ((offset += 64) >= width) offset = 0, ++m;
+                }
+                ahead.ask(lines);
+              });
+      if (s.skip)
+        gemm<P>(pixels, some, s.skip_channels, skip, b.skip_lda,
+                static_cast<const P*>(s.skip_weight) + j * block_stride<P>(s.skip_channels), c, ldc, true);
       const int64_t n0 = j * kColumns, n1 = n0 + some * kColumns < s.outputs ? n0 + some * kColumns : s.outputs;
       const float* values = c;
       for (int64_t unit = begin; unit < end; ++unit) {
