@@ -147,6 +147,7 @@ struct BlockScratch {
   int64_t x_columns, x_slot, m_columns, m_slot, C, M, lda1, lda2;  // C, M: padded to blocks of columns
   float *x, *ring, *row, *c, *stats;
   P *a1, *a2;
+  T* h;
   int64_t bytes;
 
   BlockScratch(const DecoderBlock& g, void* base) {
@@ -163,6 +164,7 @@ struct BlockScratch {
     stats = carver.take<float>(2 * M + 2 * C);
     a1 = carver.take<P>(m_columns * lda1);
     a2 = carver.take<P>(m_columns * lda2);
+    h = g.kept ? carver.take<T>(g.tile * g.middle) : nullptr;
     bytes = carver.at - static_cast<char*>(base);
   }
 };
@@ -215,13 +217,22 @@ struct BlockSweep {
   SG_MEMBER float* x_row(int64_t r) const { return s.x + (r + 3) % 3 * s.x_slot; }
   SG_MEMBER float* middle_row(int64_t r) const { return s.ring + (r + 3) % 3 * s.m_slot; }
 
-  // `count` pixels into a row of x's ring, from its column `to` on; null: zeros.
-  SG_MEMBER void fill(float* row, int64_t to, int64_t count, const T* from) const {
-    for (int64_t p = 0; p < count; ++p)
-      for (int64_t c = 0; c < g.channels; c += kLanes) {
-        const V v = from ? load_some(from + p * g.channels + c, g.channels - c) : V{};
-        store<kLanes>(row + c * s.x_columns + (to + p) * kLanes, v);
+  // `count` pixels into a row of x's ring, from its column `to` on; null: zeros. `below`: the pixels that come next.
+  SG_MEMBER void fill(float* row, int64_t to, int64_t count, const T* from, const T* below = nullptr) const {
+    const int64_t C = g.channels, step = s.x_columns;
+    constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+    row += to * kLanes;
+    for (int64_t p = 0; p < count; ++p, row += kLanes) {
+      int64_t c = 0;
+      if (!from) {
+        for (; c < C; c += kLanes) store<kLanes>(row + c * step, V{});
+        continue;
       }
+      for (; c + kLanes <= C; c += kLanes) store<kLanes>(row + c * step, load<kLanes>(from + p * C + c));
+      if (c < C) store<kLanes>(row + c * step, load_some(from + p * C + c, C - c));
+      if (below)
+        for (c = 0; c < C; c += kLine) __builtin_prefetch(below + p * C + c, 0, 2);
+    }
   }
 
   void fetch(int64_t r) const {
@@ -231,7 +242,9 @@ struct BlockSweep {
     const T* x = static_cast<const T*>(g.x) + ((at.sample * g.height + r) * g.width + at.c0) * g.channels;
     if (left < 2) fill(row, 0, 2 - left, nullptr);
     if (right < 2) fill(row, columns + 2 + right, 2 - right, nullptr);
-    if (!last || !g.frames) return fill(row, 2 - left, columns + left + right, x - left * g.channels);
+    const T* below = r + 1 < g.height && r + 1 < at.r1 + 2 ? x + g.width * g.channels : nullptr;
+    if (!last || !g.frames)
+      return fill(row, 2 - left, columns + left + right, x - left * g.channels, below ? below - left * g.channels : nullptr);
     const T* frame = static_cast<const T*>(g.frames) + task * frame_elements(g);
     if (r < at.r0 || r >= at.r1) {
       const int64_t i = r < at.r0 ? r - at.r0 + 2 : r - at.r1 + 2;
@@ -239,7 +252,7 @@ struct BlockSweep {
     }
     const T* sides = frame + frame_rows(g) + (r - at.r0) * 4 * g.channels;
     fill(row, 2 - left, left, sides + (2 - left) * g.channels);
-    fill(row, 2, columns, x);
+    fill(row, 2, columns, x, below);
     fill(row, columns + 2, right, sides + 2 * g.channels);
   }
 
@@ -250,8 +263,9 @@ struct BlockSweep {
     for (int64_t c = 0; c < g.channels; c += kLanes) {
       const int64_t offset = c * s.x_columns;
       P* out = s.a1 + c;
+      const int64_t lda = s.lda1;
       depthwise_lanes<kLanes>(r0 + offset, r1 + offset, r2 + offset, columns + 2, g.dw1 + c, ws,
-                              [=](int64_t p, V v) __attribute__((always_inline)) { to_panel(v, out + p * s.lda1); });
+                              [=](int64_t p, V v) SG_LAMBDA { to_panel(v, out + p * lda); });
     }
   }
 
@@ -270,14 +284,13 @@ struct BlockSweep {
 
   // h's row r, a block of columns of it: its statistics and its copy in memory, or the panel of its product.
   SG_MEMBER void second_depthwise(int64_t r, int64_t block) const {
-    const int64_t ws = lanes_of(g.middle) * kLanes, offset = block * kColumns * s.m_columns;
-    const bool stored = !last && is_kept(g, at.band);
+    const int64_t ws = lanes_of(g.middle) * kLanes, offset = block * kColumns * s.m_columns, count = columns;
     for (int64_t k = 0; k < kColumns && block * kColumns + k < g.middle; k += kLanes) {
       const int64_t c = block * kColumns + k;
       float* row = s.row + k;
       V sum{};
       depthwise_lanes<kColumns>(middle_row(r - 1) + offset + k, middle_row(r) + offset + k, middle_row(r + 1) + offset + k,
-                                columns, g.dw2 + c, ws, [&](int64_t p, V v) __attribute__((always_inline)) {
+                                count, g.dw2 + c, ws, [&sum, row](int64_t p, V v) SG_LAMBDA {
                                   store<kLanes>(row + p * kColumns, v);
                                   if (!last) sum += v;
                                 });
@@ -285,17 +298,40 @@ struct BlockSweep {
         const float* n = g.norm + at.sample * 3 * ws + c;
         const V mean = load<kLanes>(n), scale = load<kLanes>(n + ws), bias = load<kLanes>(n + 2 * ws);
         P* panel = s.a2 + c;
-        for (int64_t p = 0; p < columns; ++p)
-          to_panel(silu_for<P>((load<kLanes>(row + p * kColumns) - mean) * scale + bias), panel + p * s.lda2);
+        const int64_t lda = s.lda2;
+        for (int64_t p = 0; p < count; ++p)
+          to_panel(silu_for<P>((load<kLanes>(row + p * kColumns) - mean) * scale + bias), panel + p * lda);
       } else {
-        RowMoments{s.stats, s.stats + s.M}.template add<kColumns>(row, columns, sum, c, float((r - at.r0) * columns));
-        if (stored) {
-          T* h = h_row(r) + c;
-          for (int64_t p = 0; p < columns; ++p)
-            store_some(h + p * g.middle, load<kLanes>(row + p * kColumns), g.middle - c);
-        }
+        RowMoments{s.stats, s.stats + s.M}.template add<kColumns>(row, count, sum, c, float((r - at.r0) * count));
       }
     }
+    if (!last && is_kept(g, at.band)) keep_block(block * kColumns);
+  }
+
+  // A block of columns of a row of h, as T. It goes to memory when the row is complete: long runs cost memory less.
+  SG_MEMBER void keep_block(int64_t c) const {
+    const int64_t some = g.middle - c, M = g.middle, count = columns;
+    const float* row = s.row;
+    T* h = s.h + c;
+    for (int64_t p = 0; p < count; ++p, h += M, row += kColumns) {
+      int64_t k = 0;
+      for (; k < kColumns && k + kLanes <= some; k += kLanes) store<kLanes>(h + k, load<kLanes>(row + k));
+      if (k < kColumns && k < some) store_some(h + k, load<kLanes>(row + k), some - k);
+    }
+  }
+
+  // Past the cache: nobody reads it before the next sweep.
+  SG_MEMBER void keep_row(int64_t r) const {
+    const T* from = s.h;
+    T* to = h_row(r);
+    int64_t bytes = columns * g.middle * int64_t(sizeof(T));
+#if SG_AVX512
+    const int64_t lines = uintptr_t(to) % 64 == 0 ? bytes / 64 : 0;
+    for (int64_t i = 0; i < lines; ++i)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to) + i, _mm512_load_si512(reinterpret_cast<const __m512i*>(from) + i));
+    from += lines * 64 / int64_t(sizeof(T)), to += lines * 64 / int64_t(sizeof(T)), bytes -= lines * 64;
+#endif
+    __builtin_memcpy(to, from, size_t(bytes));
   }
 
   SG_MEMBER T* h_row(int64_t r) const {
@@ -306,15 +342,21 @@ struct BlockSweep {
 
   // The panel of a row of h that the first sweep stored.
   SG_MEMBER void stored_row(int64_t r) const {
-    const int64_t ws = lanes_of(g.middle) * kLanes;
+    const int64_t M = g.middle, ws = lanes_of(M) * kLanes, lda = s.lda2, count = columns;
     const float* n = g.norm + at.sample * 3 * ws;
     const T* h = h_row(r);
-    for (int64_t p = 0; p < columns; ++p)
-      for (int64_t c = 0; c < g.middle; c += kLanes) {
-        const V v = load_some(h + p * g.middle + c, g.middle - c);
-        to_panel(silu_for<P>((v - load<kLanes>(n + c)) * load<kLanes>(n + ws + c) + load<kLanes>(n + 2 * ws + c)),
-                 s.a2 + p * s.lda2 + c);
-      }
+    const T* below = h + (r + 1 < at.r1 ? g.width * M : 0);
+    P* panel = s.a2;
+    constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+    const auto normalised = [n, ws](V v, int64_t c) SG_LAMBDA {
+      return silu_for<P>((v - load<kLanes>(n + c)) * load<kLanes>(n + ws + c) + load<kLanes>(n + 2 * ws + c));
+    };
+    for (int64_t p = 0; p < count; ++p, h += M, below += M, panel += lda) {
+      for (int64_t c = 0; c < M; c += kLine) __builtin_prefetch(below + c, 0, 2);
+      int64_t c = 0;
+      for (; c + kLanes <= M; c += kLanes) to_panel(normalised(load<kLanes>(h + c), c), panel + c);
+      if (c < M) to_panel(normalised(load_some(h + c, M - c), c), panel + c);
+    }
   }
 
   // y's row r from the panel.
@@ -323,24 +365,28 @@ struct BlockSweep {
     const T* x = static_cast<const T*>(g.x) + pixel * g.channels;
     T* out = static_cast<T*>(g.out) + pixel * g.channels;
     gemm<P>(granules<P>(columns), blocks_of(g.channels), g.middle, s.a2, s.lda2, static_cast<const P*>(g.pw2), s.c, s.C, false);
+    const int64_t C = g.channels, ldc = s.C, count = columns;
+    const float* from = s.c;
     if (!g.out_moments) {
-      for (int64_t p = 0; p < columns; ++p)
-        for (int64_t c = 0; c < g.channels; c += kLanes) {
-          const V v = load<kLanes>(s.c + p * s.C + c);
-          store_some(out + p * g.channels + c, v + load_some(x + p * g.channels + c, g.channels - c), g.channels - c);
-        }
+      for (int64_t p = 0; p < count; ++p, from += ldc, x += C, out += C) {
+        int64_t c = 0;
+        for (; c + kLanes <= C; c += kLanes) store<kLanes>(out + c, load<kLanes>(from + c) + load<kLanes>(x + c));
+        if (c < C) store_some(out + c, load<kLanes>(from + c) + load_some(x + c, C - c), C - c);
+      }
       return;
     }
     const RowMoments moments{s.stats + 2 * s.M, s.stats + 2 * s.M + s.C};
-    for (int64_t c = 0; c < g.channels; c += kLanes) {
+    float* row = s.row;
+    for (int64_t c = 0; c < C; c += kLanes) {
+      const int64_t some = C - c;
       V sum{};
-      for (int64_t p = 0; p < columns; ++p) {
-        const V v = load<kLanes>(s.c + p * s.C + c) + load_some(x + p * g.channels + c, g.channels - c);
-        store_some(out + p * g.channels + c, v, g.channels - c);
-        store<kLanes>(s.row + p * kLanes, v);
+      for (int64_t p = 0; p < count; ++p) {
+        const V v = load<kLanes>(from + p * ldc + c) + load_some(x + p * C + c, some);
+        store_some(out + p * C + c, v, some);
+        store<kLanes>(row + p * kLanes, v);
         sum += v;
       }
-      moments.add<kLanes>(s.row, columns, sum, c, float((r - at.r0) * columns));
+      moments.add<kLanes>(row, count, sum, c, float((r - at.r0) * count));
     }
   }
 
@@ -359,6 +405,7 @@ struct BlockSweep {
           if (r > at.r0) second_depthwise(r - 1, block);
         }
         if (last && r > at.r0) second_product(r - 1);
+        if (!last && r > at.r0 && is_kept(g, at.band)) keep_row(r - 1);
       }
     }
     const double count = double(at.r1 - at.r0) * double(columns);
@@ -376,6 +423,9 @@ void block_sweep(const DecoderBlock& g, int64_t begin, int64_t end, void* scratc
   tiles_begin();
   for (int64_t task = begin; task < end; ++task) sweep.run(task);
   tiles_end();
+#if SG_AVX512
+  if (!last && g.kept) _mm_sfence();  // lines that went past the cache
+#endif
 }
 
 // ---- GroupNorm, SiLU, dense 3x3 to few channels ------------------------------------------------------------------------

@@ -41,6 +41,10 @@ SG_INLINE Vec<float, N> load(const bf16* p) {
     return (Vec<float, N>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
   }
 #endif
+#if SG_AVX512
+  if constexpr (N == 16)
+    return (Vec<float, N>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#endif
   Vec<uint16_t, N> h;
   __builtin_memcpy(&h, p, sizeof(h));
   return (Vec<float, N>)(__builtin_convertvector(h, Vec<uint32_t, N>) << 16);
