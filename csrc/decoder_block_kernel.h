@@ -19,41 +19,6 @@ constexpr int64_t granules(int64_t rows) {
   return (rows + kGranule<P> - 1) / kGranule<P> * kGranule<P>;
 }
 
-// z * sigmoid(z) for a panel of P: to a few ulp for float, to a tenth of an ulp of bf16 for bf16.
-template <class P>
-SG_INLINE Vec<float, kLanes> silu_for(Vec<float, kLanes> z) {
-#if SG_AVX512
-  const __m512 x = (__m512)z;
-  const __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
-  const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 p, r;
-  if constexpr (sizeof(P) == 2) {
-    r = _mm512_sub_ps(t, n);  // 2^r by a cubic, to 1e-4
-    p = _mm512_fmadd_ps(r, _mm512_set1_ps(0.0551716685f), _mm512_set1_ps(0.242611045f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.693260729f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.999927461f));
-  } else {
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), _mm512_sub_ps(_mm512_setzero_ps(), x));
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-    p = _mm512_fmadd_ps(r, _mm512_set1_ps(0.00138368353f), _mm512_set1_ps(0.00837482419f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.0416682251f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.166664198f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.49999991f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  }
-  const __m512 d = _mm512_add_ps(_mm512_scalef_ps(p, n), _mm512_set1_ps(1.0f));
-  __m512 q = _mm512_rcp14_ps(d);
-  if constexpr (sizeof(P) == 4) {  // one step of Newton's; d = inf would give inf * 0 in it
-    const __m512 e = _mm512_fnmadd_ps(_mm512_min_ps(d, _mm512_set1_ps(1e38f)), q, _mm512_set1_ps(2.0f));
-    q = _mm512_mul_ps(q, e);
-  }
-  return (Vec<float, kLanes>)_mm512_mul_ps(x, q);
-#else
-  return silu<float, kLanes>(z);
-#endif
-}
-
 // Mean and sum of squared deviations of every channel of a task, row by row: two passes over a row, Chan's merge after it.
 struct RowMoments {
   float* mean;
@@ -300,7 +265,7 @@ struct BlockSweep {
         P* panel = s.a2 + c;
         const int64_t lda = s.lda2;
         for (int64_t p = 0; p < count; ++p)
-          to_panel(silu_for<P>((load<kLanes>(row + p * kColumns) - mean) * scale + bias), panel + p * lda);
+          to_panel(row_silu<T, kLanes>((load<kLanes>(row + p * kColumns) - mean) * scale + bias), panel + p * lda);
       } else {
         RowMoments{s.stats, s.stats + s.M}.template add<kColumns>(row, count, sum, c, float((r - at.r0) * count));
       }
@@ -349,7 +314,7 @@ struct BlockSweep {
     P* panel = s.a2;
     constexpr int64_t kLine = 64 / int64_t(sizeof(T));
     const auto normalised = [n, ws](V v, int64_t c) SG_LAMBDA {
-      return silu_for<P>((v - load<kLanes>(n + c)) * load<kLanes>(n + ws + c) + load<kLanes>(n + 2 * ws + c));
+      return row_silu<T, kLanes>((v - load<kLanes>(n + c)) * load<kLanes>(n + ws + c) + load<kLanes>(n + 2 * ws + c));
     };
     for (int64_t p = 0; p < count; ++p, h += M, below += M, panel += lda) {
       for (int64_t c = 0; c < M; c += kLine) __builtin_prefetch(below + c, 0, 2);
@@ -479,7 +444,7 @@ void norm_conv(const NormConv& g, int64_t begin, int64_t end, void* scratch) {
           }
           for (int64_t c = 0; c < g.channels; c += kLanes) {
             const auto v = load_some(x + p * g.channels + c, g.channels - c);
-            to_panel(silu_for<P>((v - load<kLanes>(n + c)) * load<kLanes>(n + ws + c) + load<kLanes>(n + 2 * ws + c)), row + c);
+            to_panel(row_silu<T, kLanes>((v - load<kLanes>(n + c)) * load<kLanes>(n + ws + c) + load<kLanes>(n + 2 * ws + c)), row + c);
           }
         }
         gemm<P>(granules<P>(columns + 2), s.ldc / kColumns, g.channels, s.panel, s.lda, static_cast<const P*>(g.taps), taps,

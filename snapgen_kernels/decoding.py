@@ -103,4 +103,4 @@ def apply_block(
 
         groups = None if next_norm is None else (next_norm.num_groups, next_norm.eps)
         return kernels.inplace(x, block.weights(), block.norm.num_groups, block.norm.eps, memory, groups, progress)
-    return block(x, low_memory=memory is not None), None
+    return block(x), None

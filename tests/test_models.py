@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import snapgen_kernels
+from bench.timing import peak_bytes
 from snapgen import info
 from snapgen.config import LADDER, PRESETS, get_preset
 from snapgen.decoder import TinyDecoder, TinyEncoder
@@ -88,6 +89,24 @@ def test_decode_does_not_depend_on_the_layout_or_the_threads():
             with checks.threads(count):
                 again = decoder.decode(latents)
             torch.testing.assert_close(again, drawn, atol=1e-5, rtol=1e-5)  # the first layer is PyTorch's
+
+
+MISSING = missing_kernel("decoder_block", "cpu") or missing_kernel("sepconv", "cpu")
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_keeps_to_its_memory(dtype):
+    """Low memory: 1.3 images of the last width; otherwise a third of what PyTorch takes."""
+    decoder = small_decoder(channels=(32, 32, 32), blocks=(2, 1, 1)).to(dtype)
+    latents = torch.randn(1, 4, 48, 48).to(dtype)
+    image = 32 * (4 * 48) ** 2 * latents.element_size()
+    low = peak_bytes([lambda: decoder.decode(latents, low_memory=True)], "cpu")
+    normal = peak_bytes([lambda: decoder.decode(latents)], "cpu")
+    with snapgen_kernels.use("reference"):
+        plain = peak_bytes([lambda: decoder.decode(latents)], "cpu")
+    assert low <= 1.3 * image
+    assert normal <= plain / 3
 
 
 def test_ladder_follows_the_published_changes():

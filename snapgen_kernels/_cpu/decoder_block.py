@@ -60,7 +60,7 @@ def run(
     batch, channels, height, _ = x.shape
     middle = w.dw2_bias.shape[0]
     tasks, bands = _cpu.decoder_block_tasks(x, middle), _cpu.decoder_block_bands(x, middle)
-    kept_bands = round(kept * bands)
+    kept_bands = int(kept * bands)
     rows = height if kept_bands == bands else kept_bands * _cpu.decoder_block_band_rows(x, middle)
     mean = x.new_empty((batch, num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -115,16 +115,11 @@ def forward(
         return y, h, mean.fill_(torch.nan), rstd.fill_(torch.nan)
     dense = _dense(x)
     out = y if y.is_contiguous(memory_format=torch.channels_last) else torch.empty_like(dense)
-    kept = 1.0 if keep_middle else 0.0 if low_memory else kept_share(x)
+    kept = 0.0 if low_memory and not keep_middle else 1.0
     mean, rstd, middle, _ = run(dense, w, num_groups, eps, out=out, kept=kept)
     if keep_middle:
         h = like(middle, h)
     return (y if out is y else y.copy_(out)), h, mean, rstd
-
-
-def kept_share(x: Tensor) -> float:
-    """The share of the middle image that is fastest to keep rather than to compute twice."""
-    return 1.0
 
 
 def inplace(
@@ -140,10 +135,13 @@ def inplace(
     if x.numel() == 0:
         return x, None
     y = _dense(x)
-    kept = kept_share(y)
-    middle = w.dw2_bias.shape[0] * y.shape[0] * y.shape[2] * y.shape[3] * y.element_size()
-    if memory is not None and kept * middle > memory:
-        kept = 0.0
+    kept = 1.0
+    if memory is not None:
+        middle = w.dw2_bias.shape[0]
+        whole = middle * y.shape[0] * y.shape[2] * y.shape[3] * y.element_size()
+        if whole > memory:
+            frames = _cpu.decoder_block_frame(y, middle) * y.element_size()
+            kept = max(0.0, (memory - frames) / whole)
     *_, found = run(y, w, num_groups, eps, out=y, kept=kept, next_norm=next_norm, progress=progress)
     return y, found
 

@@ -84,7 +84,10 @@ def test_in_place(dims: dict[str, int], dtype: torch.dtype, layout: str) -> None
     inputs = case.inputs()
     block = _block(case, inputs)
     norm = Norm(4, torch.ones(dims["C"], dtype=dtype), torch.zeros(dims["C"], dtype=dtype), 1e-5)
-    for memory in (None, 0):
+    middle = dims["M"] * dims["B"] * dims["H"] * dims["W"] * inputs["x"].element_size()
+    # Some bands are kept and some computed twice: which of bf16's are rounded in memory then varies from row to row.
+    mixed = [middle - 1] if dtype == torch.float32 else []
+    for memory in (None, 0, *mixed):
         with torch.no_grad():
             expected = block(inputs["x"], low_memory=memory == 0)
         x = inputs["x"].clone()
