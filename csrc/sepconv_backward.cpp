@@ -207,8 +207,8 @@ void pointwise_gradient(Tensor dy, Optional packed, Optional dd, Optional grad_s
   g.part = std::min(most, g.pixels), g.parts = parts_of(g.pixels, g.part);
   g.dy = dy.const_data_ptr(), g.weight = data_of(packed), g.dd = memory_of(dd);
   const bool summed = grad_shift || grad_bias;
-  Buffer sums(summed ? g.batch * g.parts * g.outputs * 4 : 0);
-  g.sums = summed ? sums.floats() : nullptr;
+  Buffer sums(summed ? g.batch * g.parts * g.outputs * int64_t(sizeof(double)) : 0);
+  g.sums = summed ? static_cast<double*>(sums.data) : nullptr;
   const int64_t scratch = kernel.pointwise_scratch(g), tasks = parts_of(g.batch, g.samples) * g.parts;
   const int64_t work = g.part * g.samples * g.outputs * std::max<int64_t>(g.channels, 1);
   torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, 524288 / work), [&](int64_t begin, int64_t end) {
@@ -247,11 +247,11 @@ void pointwise_weight_gradient(Tensor dy, Tensor d, Tensor dw) {
   g.tiles_outputs = parts_of(g.outputs, g.tile_outputs), g.tiles_channels = parts_of(g.channels, g.tile_channels);
   g.row = up_to(g.channels, 32);
   const int64_t kinds = g.tiles_outputs * g.tiles_channels;
-  g.slice = 256;
-  g.parts = std::clamp<int64_t>(parts_of(kTasks / 2, kinds), 1, parts_of(g.pixels, g.slice));
+  // Parts are for the threads, and for fp32: sums of short chains of additions.
+  g.parts = std::clamp<int64_t>(parts_of(kTasks / 2, kinds), 1, parts_of(g.pixels, 32));
   g.part = up_to(parts_of(g.pixels, g.parts), 32);
   g.parts = parts_of(g.pixels, g.part);
-  g.slice = std::min(g.slice, g.part);
+  g.slice = std::min<int64_t>(g.part < 1024 ? 128 : 256, g.part);
   g.dy = dy.const_data_ptr(), g.d = d.const_data_ptr(), g.dw = dw.mutable_data_ptr();
   Buffer partial(g.parts * g.outputs * g.row * 4);
   g.partial = partial.floats();

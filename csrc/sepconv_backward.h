@@ -41,7 +41,7 @@ struct PointwiseGradient {
   const void* dy;                // [batch, pixels, outputs]
   const void* weight;            // packed, outputs -> channels
   void* dd;                      // null: not asked for
-  float* sums;                   // [batch, parts, outputs], or null
+  double* sums;                  // [batch, parts, outputs], or null
 };
 
 // dw[outputs, channels] = dy^T d, a sum over pixels. A task is a tile of dw and a part of the pixels.

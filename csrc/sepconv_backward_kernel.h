@@ -439,17 +439,13 @@ void pointwise_gradient(const PointwiseGradient& g, int64_t begin, int64_t end, 
       for (int64_t s = 0; s < samples; ++s) {
         const int64_t count = rows / samples;
         const T* from = dy + s * count * K;
-        float* sums = g.sums + ((sample + s) * g.parts + part) * K;
+        double* sums = g.sums + ((sample + s) * g.parts + part) * K;
         for (int64_t c = 0; c < K; ++c) sums[c] = 0;
-        int64_t p = 0;
-        for (; p + 4 <= count; p += 4) {
-          const T* r = from + p * K;
+        for (int64_t p = 0; p < count; ++p, from += K)
           SG_OVER_LANES(T, K, {
-            auto u = load<N>(r + c) + load<N>(r + K + c), v = load<N>(r + 2 * K + c) + load<N>(r + 3 * K + c);
-            store<N>(sums + c, load<N>(sums + c) + (u + v));
+            const auto wide_row = __builtin_convertvector(load<N>(from + c), Vec<double, N>);
+            store<N>(sums + c, load<N>(sums + c) + wide_row);
           })
-        }
-        for (; p < count; ++p) SG_OVER_LANES(T, K, { store<N>(sums + c, load<N>(sums + c) + load<N>(from + p * K + c)); })
       }
     if (!g.dd) continue;
     const P* a;
