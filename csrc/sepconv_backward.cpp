@@ -85,25 +85,26 @@ int64_t parts_of(int64_t n, int64_t part) { return (n + part - 1) / part; }
 // Tasks that an op should have at least, for threads to share.
 constexpr int64_t kTasks = 16;
 // Bytes of the rows that a depthwise task works in: they stay in the second cache.
-constexpr int64_t kRowBytes = 393216;
+constexpr int64_t kRowBytes = 786432;
+// Bytes of dz that a task finds in the second cache again.
+constexpr int64_t kFinishBytes = 1048576;
 
-void plan(DepthwiseGradient& g) {
+void plan(DepthwiseGradient& g, int64_t element_size) {
   g.padded = up_to(g.channels, kPad);
-  const int64_t most = std::max<int64_t>(kRowBytes / (4 * depthwise_channel_floats(g)), 32);
-  const int64_t enough = std::max<int64_t>(g.channels * g.batch / kTasks, 32);
-  // Whole groups in a chunk, where that does not make it much larger.
-  int64_t unit = kPad;
-  if (g.groups) {
-    const int64_t whole = std::lcm(kPad, g.channels / g.groups);
-    if (whole <= std::min(most, enough)) unit = whole;
-  }
-  const int64_t chunks = parts_of(g.channels, std::min({most, enough, g.padded}));
-  g.chunk = std::min(up_to(parts_of(g.channels, chunks), unit), g.padded);
+  // As many channels as fit with 16 columns, preferably all: memory is then read in long runs. Then as many columns.
+  const auto bytes = [&](int64_t columns) { return 4 * depthwise_channel_floats(g, columns); };
+  g.chunks = parts_of(g.padded * bytes(std::min<int64_t>(g.width, 16)), kRowBytes);
+  const int64_t per_group = g.groups ? g.channels / g.groups : 1, unit = std::lcm(kPad, per_group);
+  g.chunk = std::min(up_to(parts_of(g.channels, g.chunks), unit < g.padded / g.chunks ? unit : kPad), g.padded);
   g.chunks = parts_of(g.channels, g.chunk);
-  g.strips = std::clamp<int64_t>(parts_of(kTasks, g.batch * g.chunks), 1, std::max<int64_t>(g.height / 8, 1));
+  g.columns = up_to(g.width, 2);
+  while (g.columns > 16 && g.chunk * bytes(g.columns) > kRowBytes) g.columns = up_to(g.columns / 2, 2);
+  g.tiles = parts_of(g.width, g.columns);
+  g.strips = std::clamp<int64_t>(parts_of(kTasks, g.batch * g.chunks * g.tiles), 1, std::max<int64_t>(g.height / 8, 1));
   g.rows = parts_of(g.height, g.strips);
   g.strips = parts_of(g.height, g.rows);
-  g.finish = g.groups && g.dx && g.strips == 1 && (g.chunks == 1 || g.chunk % (g.channels / g.groups) == 0);
+  g.finish = g.groups && g.dx && g.strips * g.tiles == 1 && (g.chunks == 1 || g.chunk % per_group == 0) &&
+             g.height * g.width * g.chunk * element_size <= kFinishBytes;
 }
 
 void depthwise_gradient(Tensor x, Optional dd, Tensor dw_weight, Optional dw_bias, Optional norm_weight, Optional norm_bias,
@@ -143,7 +144,8 @@ void depthwise_gradient(Tensor x, Optional dd, Tensor dw_weight, Optional dw_bia
   g.dx = memory_of(dx), g.d = memory_of(d);
   g.weights = grad_dw_weight || grad_dw_bias, g.inputs = dx || grad_norm_weight || grad_norm_bias;
   STD_TORCH_CHECK(dd || !(g.weights || g.inputs), "snapgen_cpu::", op, ": dd is missing");
-  plan(g);
+  plan(g, int64_t(x.element_size()));
+  const int64_t parts = g.batch * g.strips * g.tiles;
   std::vector<float> parameters(12 * g.padded);
   float *taps = parameters.data(), *bias = taps + 9 * g.padded, *weight_n = bias + g.padded, *bias_n = weight_n + g.padded;
   for (int64_t c = 0; c < C; ++c) {
@@ -153,12 +155,12 @@ void depthwise_gradient(Tensor x, Optional dd, Tensor dw_weight, Optional dw_bia
   }
   g.taps = taps, g.bias = bias, g.norm_weight = weight_n, g.norm_bias = bias_n;
   g.mean = static_cast<const float*>(data_of(mean)), g.rstd = static_cast<const float*>(data_of(rstd));
-  Buffer sums(g.batch * g.strips * kGradientSums * g.padded * 4);
+  Buffer sums(parts * kGradientSums * g.padded * 4);
   g.sums = sums.floats();
 
   const int64_t scratch = depthwise_scratch_floats(g);
-  const int64_t work = g.rows * g.width * scale * scale * g.chunk;
-  torch::stable::parallel_for(0, g.batch * g.strips * g.chunks, std::max<int64_t>(1, 8192 / work),
+  const int64_t work = g.rows * g.columns * scale * scale * g.chunk;
+  torch::stable::parallel_for(0, parts * g.chunks, std::max<int64_t>(1, 8192 / work),
                               [&](int64_t begin, int64_t end) {
                                 float* memory = static_cast<float*>(thread_scratch().get(scratch * 4));
                                 kernel.depthwise(g, begin, end, memory);
@@ -172,7 +174,7 @@ void depthwise_gradient(Tensor x, Optional dd, Tensor dw_weight, Optional dw_bia
   if (!g.weights && !grad_norm_weight && !grad_norm_bias) return;
   std::vector<float> merged(kGradientSums * g.padded);
   g.merged = merged.data();
-  torch::stable::parallel_for(0, kGradientSums * g.padded / 16, std::max<int64_t>(1, 4096 / (g.batch * g.strips)),
+  torch::stable::parallel_for(0, kGradientSums * g.padded / 16, std::max<int64_t>(1, 4096 / parts),
                               [&](int64_t begin, int64_t end) { kernel.merge(g, begin, end); });
   for (int64_t c = 0; c < C; ++c) {
     if (grad_dw_weight)

@@ -9,13 +9,13 @@ constexpr int64_t kPad = 16;  // rows of per-channel numbers are padded with zer
 constexpr int64_t kGradientSums = 12;  // nine taps, the bias, dz and dz * xhat
 
 // Of d = depthwise3x3(a) + bias, a = [nearest 2x of] [SiLU(GroupNorm] x [)]: all that follows from dd, the gradient of d.
-// A task is a strip of `rows` rows of x, with `chunk` channels, of one sample; their number follows from the shape alone.
+// A task is `rows` rows and `columns` columns of x, with `chunk` channels, of one sample; all follow from the shape alone.
 struct DepthwiseGradient {
   int64_t batch, channels, height, width;  // of x
   int64_t out_height, out_width;           // of d
   int64_t stride, scale;                   // scale 2: nearest 2x before the convolution
   int64_t groups;                          // 0: no norm, a = x
-  int64_t chunk, chunks, rows, strips, padded;
+  int64_t chunk, chunks, rows, strips, columns, tiles, padded;
   bool finish;         // a task holds whole groups: it goes on from dz to dx at once
   bool weights;        // the sums of the weights and of the bias are asked for
   bool inputs;         // dz, dx or the sums of the norm are asked for
@@ -30,8 +30,8 @@ struct DepthwiseGradient {
   const float* norm_bias;    // [padded]
   const float* mean;         // [batch, groups]
   const float* rstd;         // [batch, groups]
-  float* sums;               // [batch, strips, kGradientSums, padded]
-  float* merged;             // [kGradientSums, padded]: the sums over batch and strips
+  float* sums;               // [batch, strips * tiles, kGradientSums, padded]
+  float* merged;             // [kGradientSums, padded]: the sums over tasks
 };
 
 // dd = dy W over rows of pixels, and the column sums of dy. A task is a part of a sample, or some whole samples.
@@ -57,7 +57,7 @@ struct PointwiseWeightGradient {
 
 struct SepconvBackwardTable {
   void (*depthwise)(const DepthwiseGradient&, int64_t begin, int64_t end, float* scratch);
-  void (*norm)(const DepthwiseGradient&, int64_t begin, int64_t end, float* scratch);  // dz -> dx; a task is a strip
+  void (*norm)(const DepthwiseGradient&, int64_t begin, int64_t end, float* scratch);  // dz -> dx; a task is a row
   void (*merge)(const DepthwiseGradient&, int64_t begin, int64_t end);  // a task is 16 columns of one of the sums
   void (*pointwise)(const PointwiseGradient&, int64_t begin, int64_t end, void* scratch);
   int64_t (*pointwise_scratch)(const PointwiseGradient&);
@@ -67,13 +67,12 @@ struct SepconvBackwardTable {
   int64_t columns;  // of a block of a packed operand
 };
 
-// Floats that a depthwise task works in, for each of its channels and beside them.
-inline int64_t depthwise_channel_floats(const DepthwiseGradient& g) {
-  return 3 * (g.width * g.scale + 2) + 4 * (g.out_width + 3) + 3 * g.width + 5;
+// Floats that a depthwise task of this width works in, for each of its channels and beside them.
+inline int64_t depthwise_channel_floats(const DepthwiseGradient& g, int64_t columns) {
+  return 3 * (columns * g.scale + 2) + 4 * (columns * g.scale / g.stride + 3) + 3 * columns + 5;
 }
 inline int64_t depthwise_scratch_floats(const DepthwiseGradient& g) {
-  const int64_t conv_width = g.width * g.scale, wide = conv_width > g.out_width ? conv_width : g.out_width;
-  return g.chunk * depthwise_channel_floats(g) + (wide + 3 + 2 * conv_width) * kPad;
+  return g.chunk * depthwise_channel_floats(g, g.columns) + 3 * (g.columns * g.scale + 3) * kPad;
 }
 
 }  // namespace snapgen

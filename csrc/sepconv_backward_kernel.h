@@ -1,130 +1,144 @@
 // Backward of the separable convolution. Included once per instruction set (see simd.h and gemm.h).
 //
-// The depthwise sweep walks down the rows of an image with a chunk of channels. It keeps three rows of a, the activation
-// that it computes again from x, and four of dd, as fp32 in the order [block of kLanes channels][pixel][lane], with zeros
-// around the image: from these rows come d, the sums for the weights, and the gradient of a, each in one pass along a row
+// The depthwise sweep walks down the rows of a part of an image. It keeps three rows of a, the activation that it computes
+// again from x, and four of dd, as fp32 in the order [block of kLanes channels][pixel][lane], with zeros around the image: from these rows come d, the sums for the weights, and the gradient of a, each in one pass along a row
 // with taps and sums in registers.
 
-// The first `count` of kLanes elements; zeros behind them.
-template <class T>
+// The first `count` of kLanes elements, zeros behind them; all of them where `whole`. Callers branch on wholeness outside
+// their loops: the tail's copy is a call, around which no vector stays in a register.
+template <bool whole, class T>
 SG_INLINE Vec<float, kLanes> load_some(const T* p, int64_t count) {
-  if (count >= kLanes) return load<kLanes>(p);
+  if constexpr (whole) return load<kLanes>(p);
   T some[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) some[i] = p[i];
   return load<kLanes>(some);
 }
-template <class T>
+template <bool whole, class T>
 SG_INLINE void store_some(T* p, Vec<float, kLanes> v, int64_t count) {
-  if (count >= kLanes) return store<kLanes>(p, v);
+  if constexpr (whole) return store<kLanes>(p, v);
   T some[kLanes];
   store<kLanes>(some, v);
   for (int64_t i = 0; i < count; ++i) p[i] = some[i];
 }
 
+// One task: its part of a sample and the working memory. Columns and channels count from the task's first.
 struct GradientTask {
-  int64_t sample, strip, c0, count, blocks;  // count: channels that are there
-};
-
-SG_INLINE GradientTask gradient_task(const DepthwiseGradient& g, int64_t task) {
-  const int64_t chunk = task % g.chunks, at = task / g.chunks;
-  const int64_t c0 = chunk * g.chunk, count = g.channels - c0 < g.chunk ? g.channels - c0 : g.chunk;
-  return {at / g.strips, at % g.strips, c0, count, (count + kLanes - 1) / kLanes};
-}
-
-// The working memory of a task.
-struct GradientRows {
+  int64_t sample, part;
+  int64_t c0, count, blocks, whole;  // channels; blocks of kLanes channels, and those of them that are full
+  int64_t y0, y1, x0, width;         // of x
+  int64_t o0, out_width;             // columns of d whose middle tap is in the task's part
   int64_t a_row, dd_row, slope_row;  // floats of one block's row
   float *a, *dd, *slope, *zero, *up;
-  float *mean, *rstd, *k1, *k2, *k3;  // per channel of the chunk
-  int64_t blocks;
+  float *mean, *rstd, *k1, *k2, *k3;  // per channel
 
   inline SG_LAMBDA float* a_at(int64_t y, int64_t block) const { return a + ((y % 3) * blocks + block) * a_row; }
   inline SG_LAMBDA float* slope_at(int64_t y, int64_t block) const { return slope + ((y % 3) * blocks + block) * slope_row; }
   inline SG_LAMBDA float* dd_at(int64_t y, int64_t block) const { return dd + ((y & 3) * blocks + block) * dd_row; }
 };
 
-SG_INLINE GradientRows gradient_rows(const DepthwiseGradient& g, float* scratch) {
-  GradientRows r;
-  const int64_t conv_width = g.width * g.scale, wide = conv_width > g.out_width ? conv_width : g.out_width;
-  r.blocks = g.chunk / kLanes;
-  r.a_row = (conv_width + 2) * kLanes, r.dd_row = (g.out_width + 3) * kLanes, r.slope_row = g.width * kLanes;
-  r.a = scratch;
-  r.dd = r.a + 3 * r.blocks * r.a_row;
-  r.slope = r.dd + 4 * r.blocks * r.dd_row;
-  r.mean = r.slope + 3 * r.blocks * r.slope_row;
-  r.rstd = r.mean + g.chunk, r.k1 = r.rstd + g.chunk, r.k2 = r.k1 + g.chunk, r.k3 = r.k2 + g.chunk;
-  r.zero = r.k3 + g.chunk;
-  r.up = r.zero + (wide + 3) * kLanes;
-  for (int64_t i = 0; i < (wide + 3) * kLanes; ++i) r.zero[i] = 0;
-  return r;
+SG_INLINE GradientTask gradient_task(const DepthwiseGradient& g, int64_t task, float* scratch) {
+  GradientTask t;
+  t.c0 = task % g.chunks * g.chunk, task /= g.chunks;
+  t.count = g.channels - t.c0 < g.chunk ? g.channels - t.c0 : g.chunk;
+  t.blocks = (t.count + kLanes - 1) / kLanes, t.whole = t.count / kLanes;
+  t.part = task % (g.strips * g.tiles), t.sample = task / (g.strips * g.tiles);
+  t.y0 = t.part / g.tiles * g.rows, t.y1 = t.y0 + g.rows < g.height ? t.y0 + g.rows : g.height;
+  t.x0 = t.part % g.tiles * g.columns, t.width = g.width - t.x0 < g.columns ? g.width - t.x0 : g.columns;
+  t.o0 = t.x0 * g.scale / g.stride;  // a tile is even in width
+  const int64_t o1 = ((t.x0 + t.width) * g.scale + g.stride - 1) / g.stride;
+  t.out_width = o1 - t.o0;
+  t.a_row = (t.width * g.scale + 2) * kLanes, t.dd_row = (t.out_width + 2) * kLanes, t.slope_row = t.width * kLanes;
+  t.a = scratch;
+  t.dd = t.a + 3 * t.blocks * t.a_row;
+  t.slope = t.dd + 4 * t.blocks * t.dd_row;
+  t.mean = t.slope + 3 * t.blocks * t.slope_row;
+  t.rstd = t.mean + g.chunk, t.k1 = t.rstd + g.chunk, t.k2 = t.k1 + g.chunk, t.k3 = t.k2 + g.chunk;
+  t.zero = t.k3 + g.chunk;
+  const int64_t zeros = t.a_row > t.dd_row ? t.a_row : t.dd_row;
+  t.up = t.zero + zeros;
+  for (int64_t i = 0; i < zeros; ++i) t.zero[i] = 0;
+  return t;
 }
 
-// mean and rstd of every channel of the chunk; zeros behind the last.
-SG_INLINE void spread_statistics(const DepthwiseGradient& g, int64_t sample, int64_t c0, int64_t count, float* mean,
-                                 float* rstd) {
+// mean and rstd of every channel of the task; zeros behind the last.
+SG_INLINE void spread_statistics(const DepthwiseGradient& g, const GradientTask& t) {
   const int64_t per_group = g.channels / g.groups;
-  for (int64_t c = 0; c < g.chunk; ++c) mean[c] = rstd[c] = 0;
-  for (int64_t group = c0 / per_group; group * per_group < c0 + count; ++group) {
-    const float m = g.mean[sample * g.groups + group], r = g.rstd[sample * g.groups + group];
-    const int64_t from = group * per_group < c0 ? 0 : group * per_group - c0, last = (group + 1) * per_group - c0;
-    for (int64_t c = from; c < last && c < count; ++c) mean[c] = m, rstd[c] = r;
+  int64_t c = 0;
+  for (int64_t group = t.c0 / per_group; c < t.count; ++group) {
+    const float m = g.mean[t.sample * g.groups + group], r = g.rstd[t.sample * g.groups + group];
+    for (; c < t.count && t.c0 + c < (group + 1) * per_group; ++c) t.mean[c] = m, t.rstd[c] = r;
   }
+  for (; c < t.blocks * kLanes; ++c) t.mean[c] = t.rstd[c] = 0;
 }
 
-constexpr int64_t kAhead = 8;  // pixels: the chunk of a pixel is a small part of its channels, so no prefetcher follows
-
-// Row y of x -> a row of a and of d silu(z) / dz.
-template <class T>
-void load_activation(const DepthwiseGradient& g, const GradientTask& t, const GradientRows& r, int64_t y) {
+// Row y of x -> a row of a, and of d silu(z) / dz; blocks [b0, b1).
+template <class T, bool norm, bool whole>
+SG_INLINE void load_activation(const DepthwiseGradient& g, const GradientTask& t, int64_t y, int64_t b0, int64_t b1) {
   using V = Vec<float, kLanes>;
-  const int64_t C = g.channels;
-  const T* x = static_cast<const T*>(g.x) + ((t.sample * g.height + y) * g.width) * C + t.c0;
-  float *a = r.a_at(y, 0), *slope = r.slope_at(y, 0);
+  const int64_t C = g.channels, first = t.x0 > 0 ? -1 : 0, last = t.x0 + t.width < g.width ? t.width + 1 : t.width;
+  const T* x = static_cast<const T*>(g.x) + ((t.sample * g.height + y) * g.width + t.x0) * C + t.c0;
+  float *a = t.a_at(y, 0), *slope = norm ? t.slope_at(y, 0) : nullptr;
+  const float *w = g.norm_weight + t.c0, *bias = g.norm_bias + t.c0;
   const V zero{};
-  for (int64_t b = 0; b < t.blocks; ++b) {
-    store<kLanes>(a + b * r.a_row, zero);
-    store<kLanes>(a + (b + 1) * r.a_row - kLanes, zero);
+  for (int64_t b = b0; b < b1; ++b) {
+    if (first == 0) store<kLanes>(a + b * t.a_row, zero);
+    if (last == t.width) store<kLanes>(a + (b + 1) * t.a_row - kLanes, zero);
   }
-  for (int64_t p = 0; p < g.width; ++p, x += C) {
-    for (int64_t b = 0; b < t.blocks; ++b) {
+  for (int64_t p = first; p < last; ++p) {
+    const bool inside = p >= 0 && p < t.width;
+    for (int64_t b = b0; b < b1; ++b) {
       const int64_t c = b * kLanes;
-      __builtin_prefetch(x + kAhead * C + c);
-      V v = load_some(x + c, t.count - c);
-      if (g.groups) {
-        const V xhat = (v - load<kLanes>(r.mean + c)) * load<kLanes>(r.rstd + c);
-        const V z = xhat * load<kLanes>(g.norm_weight + t.c0 + c) + load<kLanes>(g.norm_bias + t.c0 + c);
+      V v = load_some<whole>(x + p * C + c, t.count - c);
+      if constexpr (norm) {
+        const V xhat = (v - load<kLanes>(t.mean + c)) * load<kLanes>(t.rstd + c);
+        const V z = xhat * load<kLanes>(w + c) + load<kLanes>(bias + c);
         const V s = reciprocal<float, kLanes>(exp_of<kLanes>(-z) + 1.0f);
         v = z * s;
-        store<kLanes>(slope + b * r.slope_row + p * kLanes, s + v * (1.0f - s));
+        if (inside) store<kLanes>(slope + b * t.slope_row + p * kLanes, s + v * (1.0f - s));
       }
-      float* out = a + b * r.a_row + kLanes;
-      if (g.scale == 2) {
-        store<kLanes>(out + 2 * p * kLanes, v);
-        store<kLanes>(out + (2 * p + 1) * kLanes, v);
+      float* out = a + b * t.a_row + (p * g.scale + 1) * kLanes;
+      if (g.scale == 1) {
+        store<kLanes>(out, v);
       } else {
-        store<kLanes>(out + p * kLanes, v);
+        if (p >= 0) store<kLanes>(out, v);
+        if (p < t.width) store<kLanes>(out + kLanes, v);
       }
     }
   }
 }
 
 template <class T>
-void load_gradient(const DepthwiseGradient& g, const GradientTask& t, const GradientRows& r, int64_t y) {
-  using V = Vec<float, kLanes>;
-  const int64_t C = g.channels;
-  const T* from = static_cast<const T*>(g.dd) + ((t.sample * g.out_height + y) * g.out_width) * C + t.c0;
-  float* out = r.dd_at(y, 0);
-  const V zero{};
-  for (int64_t b = 0; b < t.blocks; ++b) {
-    store<kLanes>(out + b * r.dd_row, zero);
-    store<kLanes>(out + (b + 1) * r.dd_row - 2 * kLanes, zero);
-    store<kLanes>(out + (b + 1) * r.dd_row - kLanes, zero);
+SG_INLINE void load_activations(const DepthwiseGradient& g, const GradientTask& t, int64_t y) {
+  if (g.groups) {
+    load_activation<T, true, true>(g, t, y, 0, t.whole);
+    if (t.whole < t.blocks) load_activation<T, true, false>(g, t, y, t.whole, t.blocks);
+  } else {
+    load_activation<T, false, true>(g, t, y, 0, t.whole);
+    if (t.whole < t.blocks) load_activation<T, false, false>(g, t, y, t.whole, t.blocks);
   }
-  for (int64_t p = 0; p < g.out_width; ++p, from += C)
-    for (int64_t b = 0; b < t.blocks; ++b) {
-      __builtin_prefetch(from + kAhead * C + b * kLanes);
-      store<kLanes>(out + b * r.dd_row + (p + 1) * kLanes, load_some(from + b * kLanes, t.count - b * kLanes));
-    }
+}
+
+// Row y of dd, with one column more on either side.
+template <class T, bool whole>
+SG_INLINE void load_gradient(const DepthwiseGradient& g, const GradientTask& t, int64_t y, int64_t b0, int64_t b1) {
+  using V = Vec<float, kLanes>;
+  const int64_t C = g.channels, first = t.o0 > 0 ? -1 : 0, last = t.out_width + (t.o0 + t.out_width < g.out_width ? 1 : 0);
+  const T* from = static_cast<const T*>(g.dd) + ((t.sample * g.out_height + y) * g.out_width + t.o0) * C + t.c0;
+  float* out = t.dd_at(y, 0);
+  const V zero{};
+  for (int64_t b = b0; b < b1; ++b) {
+    if (first == 0) store<kLanes>(out + b * t.dd_row, zero);
+    if (last == t.out_width) store<kLanes>(out + (b + 1) * t.dd_row - kLanes, zero);
+  }
+  for (int64_t p = first; p < last; ++p)
+    for (int64_t b = b0; b < b1; ++b)
+      store<kLanes>(out + b * t.dd_row + (p + 1) * kLanes, load_some<whole>(from + p * C + b * kLanes, t.count - b * kLanes));
+}
+
+template <class T>
+SG_INLINE void load_gradients(const DepthwiseGradient& g, const GradientTask& t, int64_t y) {
+  load_gradient<T, true>(g, t, y, 0, t.whole);
+  if (t.whole < t.blocks) load_gradient<T, false>(g, t, y, t.whole, t.blocks);
 }
 
 // emit(x, value) for every x of a row: a 3x3 convolution of three rows that start one pixel left of it. Every column is
@@ -150,20 +164,21 @@ SG_INLINE void convolve(const float* r0, const float* r1, const float* r2, const
 }
 
 // From three rows of a around a row of dd: that row of d, and what it adds to the sums of the weights and the bias.
-template <class T, bool store_d, bool weights>
-SG_INLINE void gradient_outputs(const DepthwiseGradient& g, const float* r0, const float* r1, const float* r2, const float* dd,
-                                const float* taps, const float* bias, T* d, int64_t count, float* sums) {
+template <class T, bool whole, bool store_d, bool weights>
+SG_INLINE void gradient_outputs(const DepthwiseGradient& g, int64_t width, const float* r0, const float* r1, const float* r2,
+                                const float* dd, const float* taps, const float* bias, T* d, int64_t count, float* sums) {
   using V = Vec<float, kLanes>;
   V k[9], acc[9] = {}, total{};
   const V offset = load<kLanes>(bias);
-  if (store_d)
-    for (int i = 0; i < 9; ++i) k[i] = load<kLanes>(taps + i * g.padded);
+#pragma GCC unroll 9
+  for (int i = 0; i < 9; ++i) k[i] = load<kLanes>(taps + i * g.padded);
   if (g.stride == 1) {
-    V first{}, second{}, g1{}, g2{};  // g0, g1, g2: dd at columns j, j - 1, j - 2 of the image
-    for (int64_t j = 0; j < g.out_width + 2; ++j) {
+    V first{}, second{}, g1{}, g2{};  // g0, g1, g2: dd at columns j, j - 1, j - 2
+    for (int64_t j = 0; j < width + 2; ++j) {
       const V u = load<kLanes>(r0 + j * kLanes), v = load<kLanes>(r1 + j * kLanes), w = load<kLanes>(r2 + j * kLanes);
       if constexpr (weights) {
-        const V g0 = load<kLanes>(dd + (j + 1) * kLanes);  // a column of zeros follows the last
+        V g0{};
+        if (j < width) g0 = load<kLanes>(dd + (j + 1) * kLanes);
         acc[0] += u * g0, acc[3] += v * g0, acc[6] += w * g0;
         acc[1] += u * g1, acc[4] += v * g1, acc[7] += w * g1;
         acc[2] += u * g2, acc[5] += v * g2, acc[8] += w * g2;
@@ -174,12 +189,12 @@ SG_INLINE void gradient_outputs(const DepthwiseGradient& g, const float* r0, con
         const V value = first + u * k[2] + v * k[5] + w * k[8];
         first = second + u * k[1] + v * k[4] + w * k[7];
         second = u * k[0] + v * k[3] + w * k[6];
-        if (j >= 2) store_some(d + (j - 2) * g.channels, value + offset, count);
+        if (j >= 2) store_some<whole>(d + (j - 2) * g.channels, value + offset, count);
       }
     }
   } else {
-    for (int64_t x = 0; x < g.out_width; ++x) {
-      const V g0 = load<kLanes>(dd + (x + 1) * kLanes);
+    for (int64_t x = 0; x < width; ++x) {
+      const V g0 = weights ? load<kLanes>(dd + (x + 1) * kLanes) : V{};
       V value = offset;
 #pragma GCC unroll 3
       for (int i = 0; i < 3; ++i) {
@@ -189,22 +204,23 @@ SG_INLINE void gradient_outputs(const DepthwiseGradient& g, const float* r0, con
         if constexpr (weights) acc[i] += u * g0, acc[3 + i] += v * g0, acc[6 + i] += w * g0;
       }
       if constexpr (weights) total += g0;
-      if constexpr (store_d) store_some(d + x * g.channels, value, count);
+      if constexpr (store_d) store_some<whole>(d + x * g.channels, value, count);
     }
   }
   if constexpr (weights) {
+#pragma GCC unroll 9
     for (int i = 0; i < 9; ++i) store<kLanes>(sums + i * g.padded, load<kLanes>(sums + i * g.padded) + acc[i]);
     store<kLanes>(sums + 9 * g.padded, load<kLanes>(sums + 9 * g.padded) + total);
   }
 }
 
-// The gradient of row `row` of the convolution's input -> out, where that is not simply convolve().
-SG_INLINE void gradient_of_row(const DepthwiseGradient& g, const GradientRows& r, int64_t row, int64_t block,
+// The gradient of row `row` of the convolution's input -> out.
+SG_INLINE void gradient_of_row(const DepthwiseGradient& g, const GradientTask& t, int64_t row, int64_t block,
                                const Vec<float, kLanes>* k, float* out) {
   using V = Vec<float, kLanes>;
-  const int64_t width = g.width * g.scale;
+  const int64_t width = t.width * g.scale;
   const auto at = [&](int64_t y) SG_LAMBDA -> const float* {
-    return y < 0 || y >= g.out_height ? r.zero : r.dd_at(y, block);
+    return y < 0 || y >= g.out_height ? t.zero : t.dd_at(y, block);
   };
   if (g.stride == 1) {
     V flipped[9];
@@ -216,7 +232,7 @@ SG_INLINE void gradient_of_row(const DepthwiseGradient& g, const GradientRows& r
   // A row or column of even index is met by the middle tap alone, one of odd index by the two outer taps.
   const bool odd = row & 1;
   const float* lower = at((row + 1) / 2);  // met by tap row 0 (odd) or 1 (even, where (row + 1) / 2 = row / 2)
-  const float* upper = odd ? at((row - 1) / 2) : r.zero;
+  const float* upper = odd ? at((row - 1) / 2) : t.zero;
   const V *ka = odd ? k : k + 3, *kb = k + 6;
   for (int64_t x = 0; x < width; ++x) {
     const int64_t left = (x / 2 + 1) * kLanes;
@@ -234,40 +250,39 @@ SG_INLINE void gradient_of_row(const DepthwiseGradient& g, const GradientRows& r
 }
 
 // Row y of dz (of dx, where there is no norm) for one block of channels, and its sums.
-template <class T>
-SG_INLINE void gradient_inputs(const DepthwiseGradient& g, const GradientTask& t, const GradientRows& r, int64_t y,
-                               int64_t block, float* sums) {
+template <class T, bool norm, bool whole>
+SG_INLINE void gradient_inputs(const DepthwiseGradient& g, const GradientTask& t, int64_t y, int64_t block, float* sums) {
   using V = Vec<float, kLanes>;
   const int64_t C = g.channels, c = block * kLanes, count = t.count - c;
-  const int64_t pixel = ((t.sample * g.height + y) * g.width) * C + t.c0 + c;
+  const int64_t pixel = ((t.sample * g.height + y) * g.width + t.x0) * C + t.c0 + c;
   const T* x = static_cast<const T*>(g.x) + pixel;
-  const T* extra = g.extra && !g.groups ? static_cast<const T*>(g.extra) + pixel : nullptr;
+  const T* extra = g.extra && !norm ? static_cast<const T*>(g.extra) + pixel : nullptr;
   T* dx = g.dx ? static_cast<T*>(g.dx) + pixel : nullptr;
-  const float* slope = g.groups ? r.slope_at(y, block) : nullptr;
-  const V mean = g.groups ? load<kLanes>(r.mean + c) : V{}, rstd = g.groups ? load<kLanes>(r.rstd + c) : V{};
+  const float* slope = norm ? t.slope_at(y, block) : nullptr;
+  const V mean = norm ? load<kLanes>(t.mean + c) : V{}, rstd = norm ? load<kLanes>(t.rstd + c) : V{};
   V sum{}, sum_x{};
   const auto emit = [&](int64_t p, V da) SG_LAMBDA {
-    if (slope) {
+    if constexpr (norm) {
       da *= load<kLanes>(slope + p * kLanes);
-      const V xhat = (load_some(x + p * C, count) - mean) * rstd;
+      const V xhat = (load_some<whole>(x + p * C, count) - mean) * rstd;
       sum += da, sum_x += da * xhat;
     } else if (extra) {
-      da += load_some(extra + p * C, count);
+      da += load_some<whole>(extra + p * C, count);
     }
-    if (dx) store_some(dx + p * C, da, count);
+    if (dx) store_some<whole>(dx + p * C, da, count);
   };
   V k[9];
   for (int i = 0; i < 9; ++i) k[i] = load<kLanes>(g.taps + i * g.padded + t.c0 + c);
   if (g.stride == 1 && g.scale == 1) {
     V flipped[9];
     for (int i = 0; i < 9; ++i) flipped[i] = k[8 - i];
-    convolve(y > 0 ? r.dd_at(y - 1, block) : r.zero, r.dd_at(y, block), y + 1 < g.out_height ? r.dd_at(y + 1, block) : r.zero,
-             flipped, g.width, emit);
+    convolve(y > 0 ? t.dd_at(y - 1, block) : t.zero, t.dd_at(y, block), y + 1 < g.out_height ? t.dd_at(y + 1, block) : t.zero,
+             flipped, t.width, emit);
   } else {
-    const int64_t width = g.width * g.scale;
-    for (int64_t i = 0; i < g.scale; ++i) gradient_of_row(g, r, y * g.scale + i, block, k, r.up + i * width * kLanes);
-    for (int64_t p = 0; p < g.width; ++p) {
-      const float* u = r.up + g.scale * p * kLanes;
+    const int64_t width = t.width * g.scale;
+    for (int64_t i = 0; i < g.scale; ++i) gradient_of_row(g, t, y * g.scale + i, block, k, t.up + i * width * kLanes);
+    for (int64_t p = 0; p < t.width; ++p) {
+      const float* u = t.up + g.scale * p * kLanes;
       V da = load<kLanes>(u);
       if (g.scale == 2) {
         const float* lower = u + width * kLanes;
@@ -276,122 +291,124 @@ SG_INLINE void gradient_inputs(const DepthwiseGradient& g, const GradientTask& t
       emit(p, da);
     }
   }
-  if (g.groups) {
+  if constexpr (norm) {
     store<kLanes>(sums + 10 * g.padded, load<kLanes>(sums + 10 * g.padded) + sum);
     store<kLanes>(sums + 11 * g.padded, load<kLanes>(sums + 11 * g.padded) + sum_x);
   }
 }
 
-// What turns dz into dx: dx = k1 dz + k2 xhat + k3, of the channels [c0, c0 + count).
-SG_INLINE void norm_coefficients(const DepthwiseGradient& g, const GradientTask& t, const GradientRows& r) {
-  const int64_t per_group = g.channels / g.groups;
+// All of one row for one block of channels.
+template <class T, bool whole>
+SG_INLINE void gradient_block(const DepthwiseGradient& g, const GradientTask& t, int64_t y, int64_t b, float* sums) {
+  const int64_t c = b * kLanes, conv_height = g.height * g.scale;
+  if (g.d || g.weights) {
+    const auto row = [&](int64_t i) SG_LAMBDA -> const float* {
+      return i < 0 || i >= conv_height ? t.zero : t.a_at(g.scale == 2 ? i / 2 : i, b);
+    };
+    for (int64_t o = (y * g.scale + g.stride - 1) / g.stride; o * g.stride < (y + 1) * g.scale; ++o) {
+      const float *r0 = row(o * g.stride - 1), *r1 = row(o * g.stride), *r2 = row(o * g.stride + 1);
+      const float *dd = t.dd_at(o, b), *taps = g.taps + t.c0 + c, *bias = g.bias + t.c0 + c;
+      T* d = static_cast<T*>(g.d);
+      if (d) d += ((t.sample * g.out_height + o) * g.out_width + t.o0) * g.channels + t.c0 + c;
+      const int64_t count = t.count - c;
+      if (g.d && g.weights)
+        gradient_outputs<T, whole, true, true>(g, t.out_width, r0, r1, r2, dd, taps, bias, d, count, sums + c);
+      else if (g.d)
+        gradient_outputs<T, whole, true, false>(g, t.out_width, r0, r1, r2, dd, taps, bias, d, count, sums + c);
+      else
+        gradient_outputs<T, whole, false, true>(g, t.out_width, r0, r1, r2, dd, taps, bias, d, count, sums + c);
+    }
+  }
+  if (g.inputs && g.groups) gradient_inputs<T, true, whole>(g, t, y, b, sums + c);
+  else if (g.inputs) gradient_inputs<T, false, whole>(g, t, y, b, sums + c);
+}
+
+// What turns dz into dx: dx = k1 dz + k2 xhat + k3, of the task's channels.
+SG_INLINE void norm_coefficients(const DepthwiseGradient& g, const GradientTask& t) {
+  const int64_t per_group = g.channels / g.groups, parts = g.strips * g.tiles;
   const double n = double(per_group) * double(g.height) * double(g.width);
-  const float* sums = g.sums + t.sample * g.strips * kGradientSums * g.padded + t.c0;
+  const float* sums = g.sums + t.sample * parts * kGradientSums * g.padded + t.c0;
   for (int64_t c = 0; c < t.count; ++c) {
     double dz = 0, dzx = 0;
-    for (int64_t s = 0; s < g.strips; ++s) {
+    for (int64_t s = 0; s < parts; ++s) {
       dz += sums[(s * kGradientSums + 10) * g.padded + c];
       dzx += sums[(s * kGradientSums + 11) * g.padded + c];
     }
     const float w = g.norm_weight[t.c0 + c];
-    r.k3[c] = float(dz * w), r.k2[c] = float(dzx * w);
+    t.k3[c] = float(dz * w), t.k2[c] = float(dzx * w);
   }
   for (int64_t first = 0; first < t.count; first += per_group) {
     double total = 0, total_x = 0;
-    for (int64_t c = first; c < first + per_group; ++c) total += r.k3[c], total_x += r.k2[c];
+    for (int64_t c = first; c < first + per_group; ++c) total += t.k3[c], total_x += t.k2[c];
     for (int64_t c = first; c < first + per_group; ++c) {
-      const float rstd = r.rstd[c];
-      r.k1[c] = rstd * g.norm_weight[t.c0 + c];
-      r.k2[c] = float(-rstd * (total_x / n)), r.k3[c] = float(-rstd * (total / n));
+      const float rstd = t.rstd[c];
+      t.k1[c] = rstd * g.norm_weight[t.c0 + c];
+      t.k2[c] = float(-rstd * (total_x / n)), t.k3[c] = float(-rstd * (total / n));
     }
   }
 }
 
 template <class T>
-SG_INLINE void norm_pixels(const DepthwiseGradient& g, const GradientTask& t, const GradientRows& r, int64_t first,
-                           int64_t last) {
-  using V = Vec<float, kLanes>;
-  const int64_t C = g.channels;
-  int64_t at = (t.sample * g.height * g.width + first) * C + t.c0;
-  const T* x = static_cast<const T*>(g.x);
-  const T* extra = static_cast<const T*>(g.extra);
-  T* dx = static_cast<T*>(g.dx);
-  for (int64_t p = first; p < last; ++p, at += C)
-    for (int64_t c = 0; c < t.count; c += kLanes) {
-      const int64_t count = t.count - c;
-      const V xhat = (load_some(x + at + c, count) - load_some(r.mean + c, count)) * load_some(r.rstd + c, count);
-      V v = load_some(dx + at + c, count) * load_some(r.k1 + c, count) + load_some(r.k3 + c, count);
-      v += xhat * load_some(r.k2 + c, count);
-      if (extra) v += load_some(extra + at + c, count);
-      store_some(dx + at + c, v, count);
-    }
+SG_INLINE void norm_pixels(const DepthwiseGradient& g, const GradientTask& t, int64_t first, int64_t last) {
+  const int64_t C = g.channels, at = (t.sample * g.height * g.width + first) * C + t.c0;
+  const T* x = static_cast<const T*>(g.x) + at;
+  const T* extra = g.extra ? static_cast<const T*>(g.extra) + at : nullptr;
+  T* dx = static_cast<T*>(g.dx) + at;
+  for (int64_t p = first; p < last; ++p, x += C, dx += C) {
+    SG_OVER_LANES(T, t.count, {
+      const auto xhat = (load<N>(x + c) - load<N>(t.mean + c)) * load<N>(t.rstd + c);
+      auto v = load<N>(dx + c) * load<N>(t.k1 + c) + load<N>(t.k3 + c) + xhat * load<N>(t.k2 + c);
+      if (extra) v += load<N>(extra + c);
+      store<N>(dx + c, v);
+    })
+    if (extra) extra += C;
+  }
 }
 
 template <class T>
 void depthwise_gradient(const DepthwiseGradient& g, int64_t begin, int64_t end, float* scratch) {
-  const GradientRows r = gradient_rows(g, scratch);
-  const int64_t conv_height = g.height * g.scale;
   for (int64_t task = begin; task < end; ++task) {
-    const GradientTask t = gradient_task(g, task);
-    if (g.groups) spread_statistics(g, t.sample, t.c0, t.count, r.mean, r.rstd);
-    float* sums = g.sums + (t.sample * g.strips + t.strip) * kGradientSums * g.padded + t.c0;
+    const GradientTask t = gradient_task(g, task, scratch);
+    if (g.groups) spread_statistics(g, t);
+    float* sums = g.sums + (t.sample * g.strips * g.tiles + t.part) * kGradientSums * g.padded + t.c0;
     for (int64_t i = 0; i < kGradientSums; ++i)
       for (int64_t c = 0; c < t.blocks * kLanes; ++c) sums[i * g.padded + c] = 0;
-    const int64_t y0 = t.strip * g.rows, y1 = y0 + g.rows < g.height ? y0 + g.rows : g.height;
-    int64_t have_a = y0 > 0 ? y0 - 1 : 0, have_dd = -1;  // the next rows to load
-    for (int64_t y = y0; y < y1; ++y) {
-      for (; have_a <= y + 1 && have_a < g.height; ++have_a) load_activation<T>(g, t, r, have_a);
+    int64_t have_a = t.y0 > 0 ? t.y0 - 1 : 0, have_dd = -1;  // the next rows to load
+    for (int64_t y = t.y0; y < t.y1; ++y) {
+      for (; have_a <= y + 1 && have_a < g.height; ++have_a) load_activations<T>(g, t, have_a);
       // Rows of dd that row y of a meets: centres from y * scale - 1 to (y + 1) * scale.
       const int64_t low = (y * g.scale - 1 + g.stride - 1) / g.stride, high = (y + 1) * g.scale / g.stride;
       if (have_dd < 0) have_dd = low > 0 ? low : 0;
-      for (; g.dd && have_dd <= high && have_dd < g.out_height; ++have_dd) load_gradient<T>(g, t, r, have_dd);
-      for (int64_t b = 0; b < t.blocks; ++b) {
-        const int64_t c = b * kLanes;
-        if (g.d || g.weights) {
-          const auto row = [&](int64_t i) SG_LAMBDA -> const float* {
-            return i < 0 || i >= conv_height ? r.zero : r.a_at(g.scale == 2 ? i / 2 : i, b);
-          };
-          for (int64_t o = (y * g.scale + g.stride - 1) / g.stride; o * g.stride < (y + 1) * g.scale; ++o) {
-            const float *r0 = row(o * g.stride - 1), *r1 = row(o * g.stride), *r2 = row(o * g.stride + 1);
-            const float *dd = r.dd_at(o, b), *taps = g.taps + t.c0 + c, *bias = g.bias + t.c0 + c;
-            T* d = static_cast<T*>(g.d);
-            if (d) d += ((t.sample * g.out_height + o) * g.out_width) * g.channels + t.c0 + c;
-            if (g.d && g.weights) gradient_outputs<T, true, true>(g, r0, r1, r2, dd, taps, bias, d, t.count - c, sums + c);
-            else if (g.d) gradient_outputs<T, true, false>(g, r0, r1, r2, dd, taps, bias, d, t.count - c, sums + c);
-            else gradient_outputs<T, false, true>(g, r0, r1, r2, dd, taps, bias, d, t.count - c, sums + c);
-          }
-        }
-        if (g.inputs) gradient_inputs<T>(g, t, r, y, b, sums + c);
-      }
+      for (; g.dd && have_dd <= high && have_dd < g.out_height; ++have_dd) load_gradients<T>(g, t, have_dd);
+      for (int64_t b = 0; b < t.whole; ++b) gradient_block<T, true>(g, t, y, b, sums);
+      for (int64_t b = t.whole; b < t.blocks; ++b) gradient_block<T, false>(g, t, y, b, sums);
     }
     if (g.finish) {
-      norm_coefficients(g, t, r);
-      norm_pixels<T>(g, t, r, 0, g.height * g.width);
+      norm_coefficients(g, t);
+      norm_pixels<T>(g, t, 0, g.height * g.width);
     }
   }
 }
 
-// dz -> dx where the sums of a group come from several tasks. A task is a strip with all its channels.
+// dz -> dx where the sums of a group come from several tasks. A task is a row of an image with all its channels.
 template <class T>
 void norm_gradient(const DepthwiseGradient& g, int64_t begin, int64_t end, float* scratch) {
-  GradientRows r;
-  r.mean = scratch, r.rstd = r.mean + g.padded, r.k1 = r.rstd + g.padded, r.k2 = r.k1 + g.padded, r.k3 = r.k2 + g.padded;
-  int64_t sample = -1;
+  GradientTask t{};
+  t.sample = -1, t.count = g.channels, t.blocks = g.padded / kLanes;
+  t.mean = scratch, t.rstd = t.mean + g.padded, t.k1 = t.rstd + g.padded, t.k2 = t.k1 + g.padded, t.k3 = t.k2 + g.padded;
   for (int64_t task = begin; task < end; ++task) {
-    const GradientTask t{task / g.height, 0, 0, g.channels, 0};
-    if (t.sample != sample) {
-      DepthwiseGradient whole = g;
-      whole.chunk = g.padded;
-      spread_statistics(whole, sample = t.sample, 0, g.channels, r.mean, r.rstd);
-      norm_coefficients(g, t, r);
+    if (t.sample != task / g.height) {
+      t.sample = task / g.height;
+      spread_statistics(g, t);
+      norm_coefficients(g, t);
     }
     const int64_t y = task % g.height;
-    norm_pixels<T>(g, t, r, y * g.width, (y + 1) * g.width);
+    norm_pixels<T>(g, t, y * g.width, (y + 1) * g.width);
   }
 }
 
 inline void merge_gradient_sums(const DepthwiseGradient& g, int64_t begin, int64_t end) {
-  const int64_t count = g.batch * g.strips, step = kGradientSums * g.padded;
+  const int64_t count = g.batch * g.strips * g.tiles, step = kGradientSums * g.padded;
   for (int64_t i = begin * 16; i < end * 16; i += 16) {
     double total[16] = {};
     for (int64_t k = 0; k < count; ++k)
@@ -427,7 +444,7 @@ void pointwise_gradient(const PointwiseGradient& g, int64_t begin, int64_t end, 
   P* panel = static_cast<P*>(scratch);
   const bool direct = is_panel<T>(K);
   const int64_t packed_bytes = direct ? 0 : bytes64(g.part * g.samples * padded<P>(K) * int64_t(sizeof(P)));
-  float* c = reinterpret_cast<float*>(static_cast<char*>(scratch) + packed_bytes);
+  float* sum = reinterpret_cast<float*>(static_cast<char*>(scratch) + packed_bytes);
   tiles_begin();
   for (int64_t task = begin; task < end; ++task) {
     int64_t first, rows, sample = task / g.parts * g.samples;
@@ -467,11 +484,10 @@ void pointwise_gradient(const PointwiseGradient& g, int64_t begin, int64_t end, 
           continue;
         }
       }
-      gemm<P>(rows, some, K, a, lda, b, c, ldc, false);
+      gemm<P>(rows, some, K, a, lda, b, sum, ldc, false);
       const int64_t columns = N - n0 < some * kColumns ? N - n0 : some * kColumns;
       for (int64_t m = 0; m < rows; ++m)
-        for (int64_t n = 0; n < columns; n += kLanes)
-          store_some(out + m * N + n0 + n, load<kLanes>(c + m * ldc + n), columns - n);
+        SG_OVER_LANES(T, columns, { store<N>(out + m * g.channels + n0 + c, load<N>(sum + m * ldc + c)); })
     }
   }
   tiles_end();

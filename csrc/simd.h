@@ -35,6 +35,10 @@ SG_INLINE Vec<double, N> load(const double* p) {
 }
 template <int N>
 SG_INLINE Vec<float, N> load(const bf16* p) {
+#if SG_AVX512
+  if constexpr (N == 16)
+    return (Vec<float, N>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#endif
 #if SG_AVX2
   if constexpr (N == 8) {  // the compiler's own conversion takes twice the instructions
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -77,6 +81,12 @@ SG_INLINE void store(bf16* p, Vec<float, N> v) {
     return;
   }
 #endif
+#if SG_AVX512
+  if constexpr (N == 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)u, 16)));
+    return;
+  }
+#endif
   auto h = __builtin_convertvector(u >> 16, Vec<uint16_t, N>);
   __builtin_memcpy(p, &h, sizeof(h));
 }
@@ -96,6 +106,10 @@ SG_INLINE double sum_lanes(Vec<A, N> v) {
 // x limited to [-top, top]; NaN stays NaN.
 template <int N>
 SG_INLINE Vec<float, N> within(Vec<float, N> x, float top) {
+#if SG_AVX512
+  if constexpr (N == 16)
+    return (Vec<float, N>)_mm512_max_ps(_mm512_set1_ps(-top), _mm512_min_ps(_mm512_set1_ps(top), (__m512)x));
+#endif
 #if SG_AVX2
   if constexpr (N == 8)  // min and max return their second operand where one is NaN
     return (Vec<float, N>)_mm256_max_ps(_mm256_set1_ps(-top), _mm256_min_ps(_mm256_set1_ps(top), (__m256)x));
