@@ -5,6 +5,11 @@
 #define SG_INLINE static inline __attribute__((always_inline))
 #define SG_LAMBDA __attribute__((always_inline))
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined operand of its own AVX-512 intrinsics for one that is used.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace snapgen::SG_ISA {
 namespace {
 #include "simd.h"

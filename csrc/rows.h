@@ -16,11 +16,11 @@ constexpr int64_t spaced(int64_t n, int64_t size) { return n * size % 1024 ? n :
 
 // ---- normalise + SiLU -------------------------------------------------------------------------------------------------
 
-// SiLU as accurate as a T needs before it is summed up and rounded. e^-z = 2^n 2^r with |r| <= 1/2: n goes into the exponent,
+// The sigmoid as accurate as a T needs before it is summed up and rounded. e^-z = 2^n 2^r with |r| <= 1/2: n goes into the exponent,
 // 2^r is a polynomial, fitted to 7.5e-8 (float) and to 7.5e-5 (bf16, whose own rounding is 2e-3). Beyond |z| = 87 SiLU is flat
 // or linear to the last bit; NaN stays NaN.
 template <class T, int N>
-SG_INLINE Vec<float, N> row_silu(Vec<float, N> z) {
+SG_INLINE Vec<float, N> row_sigmoid(Vec<float, N> z) {
   using V = Vec<float, N>;
   using I = Vec<int32_t, N>;
   constexpr float per_log2 = -1.44269504f, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -45,9 +45,13 @@ SG_INLINE Vec<float, N> row_silu(Vec<float, N> z) {
   }
   const V d = (V)((I)p + ((I)t << 23)) + 1.0f;
 #if SG_AVX512
-  if constexpr (N == 16 && sizeof(T) == 2) return z * (V)_mm512_rcp14_ps((__m512)d);
+  if constexpr (N == 16 && sizeof(T) == 2) return (V)_mm512_rcp14_ps((__m512)d);
 #endif
-  return z * reciprocal<float, N>(d);
+  return reciprocal<float, N>(d);
+}
+template <class T, int N>
+SG_INLINE Vec<float, N> row_silu(Vec<float, N> z) {
+  return z * row_sigmoid<T, N>(z);
 }
 
 // out[p * pitch + c] = SiLU((x[p * C + c] - mean[c]) * scale[c] + bias[c]), with scale = rstd * weight.

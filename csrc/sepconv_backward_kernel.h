@@ -21,6 +21,16 @@ SG_INLINE void store_some(T* p, Vec<float, kLanes> v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = some[i];
 }
 
+// Where the branch may be taken inside a loop.
+template <class T>
+SG_INLINE Vec<float, kLanes> load_some(const T* p, int64_t count) {
+  return count >= kLanes ? load<kLanes>(p) : load_some<false>(p, count);
+}
+template <class T>
+SG_INLINE void store_some(T* p, Vec<float, kLanes> v, int64_t count) {
+  count >= kLanes ? store<kLanes>(p, v) : store_some<false>(p, v, count);
+}
+
 // One task: its part of a sample and the working memory. Columns and channels count from the task's first.
 struct GradientTask {
   int64_t sample, part;
@@ -92,7 +102,7 @@ SG_INLINE void load_activation(const DepthwiseGradient& g, const GradientTask& t
       if constexpr (norm) {
         const V xhat = (v - load<kLanes>(t.mean + c)) * load<kLanes>(t.rstd + c);
         const V z = xhat * load<kLanes>(w + c) + load<kLanes>(bias + c);
-        const V s = reciprocal<float, kLanes>(exp_of<kLanes>(-z) + 1.0f);
+        const V s = row_sigmoid<T, kLanes>(z);
         v = z * s;
         if (inside) store<kLanes>(slope + b * t.slope_row + p * kLanes, s + v * (1.0f - s));
       }

@@ -153,7 +153,7 @@ template <class A, int N>
 SG_INLINE Vec<A, N> reciprocal(Vec<A, N> x) {
 #if SG_AVX512
   if constexpr (N == 16) {
-    const Vec<A, N> r = (Vec<A, N>)_mm512_maskz_rcp14_ps(__mmask16(-1), (__m512)x);
+    const Vec<A, N> r = (Vec<A, N>)_mm512_rcp14_ps((__m512)x);
     return r + r * (A(1) - x * r);
   }
 #endif

@@ -95,15 +95,16 @@ def test_shapes_of_every_plan(dims: dict[str, int], dtype: torch.dtype) -> None:
 @built
 @pytest.mark.parametrize("op", ["sepconv", "resblock"])
 def test_each_gradient_alone(op: str) -> None:
-    """A gradient does not change where others are not asked for."""
+    """A gradient is as exact where no other is asked for; the compiler may round in another order there."""
     for case in (c for c in small_cases(op) if c.layout == "channels_last"):
-        inputs = case.inputs()
+        inputs = case.inputs(requires_grad=True)
+        exact = checks._exact(case, inputs)
         present = [isinstance(inputs[name], Tensor) for name in case.spec.op.differentiable]
         every = _gradients(case, inputs, present)
         for index, name in enumerate(case.spec.op.differentiable):
             if present[index]:
                 alone = _gradients(case, inputs, [i == index for i in range(len(present))])
-                assert torch.equal(alone[name], every[name]), f"{case}: {name}"
+                checks.assert_close(f"{case}: {name}", alone[name], every[name], exact[f"gradient of {name}"])
 
 
 @built
