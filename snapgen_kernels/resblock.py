@@ -207,6 +207,7 @@ OP = register(
         "shortcut_weight",
         "shortcut_bias",
     ),
+    kernels=("cpu",),
     cpu=_cpu,
     cpu_backward=_cpu_backward,
     cpu_unsupported=_unsupported,

@@ -224,6 +224,7 @@ OP = register(
     reference=_reference_with_statistics,
     fake=_fake,
     cast=("x", "dw_weight", "pw_weight", "dw_bias", "pw_bias", "shift", "residual"),
+    kernels=("cpu",),
     cpu=_cpu,
     cpu_backward=_cpu_backward,
     cpu_unsupported=_unsupported,
