@@ -117,6 +117,8 @@ def _decoder_block(
     pw2_weight: Tensor,
     num_groups: int,
     eps: float = 1e-6,
+    *,
+    low_memory: bool = False,
 ) -> Tensor:
     first = dict(x=x, dw1_weight=dw1_weight, dw1_bias=dw1_bias, pw1_weight=pw1_weight)
     second = dict(dw2_weight=dw2_weight, dw2_bias=dw2_bias, pw2_weight=pw2_weight)

@@ -16,6 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from snapgen_kernels import DecoderBlock, Norm, SepConv2d
+from snapgen_kernels._backend import missing_kernel
 from snapgen_kernels.decoding import apply_block, norm_silu_conv
 
 Progress = Callable[[int, int], None]
@@ -80,6 +81,9 @@ class TinyDecoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the latents have another number of channels.
         """
+        if not torch.is_grad_enabled() and missing_kernel("decoder_block", latents.device.type) is None:
+            if not torch.compiler.is_compiling():
+                return self._draw(latents)
         x = self._entered(latents)
         for index, stage in enumerate(self.stages):
             for block in stage:
@@ -87,13 +91,6 @@ class TinyDecoder(ModelMixin, ConfigMixin):
             if index < len(self.upsamplers):
                 x = self.upsamplers[index](x)
         return self.conv_out(nn.functional.silu(self.norm_out(x)))
-
-    def _entered(self, latents: Tensor) -> Tensor:
-        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
-            raise ValueError(
-                f"latents: got shape {tuple(latents.shape)}; expected [B, {self.config.latent_channels}, H, W]"
-            )
-        return self.conv_in(latents.contiguous(memory_format=torch.channels_last))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, low_memory: bool = False, progress: Progress | None = None) -> Tensor:
@@ -104,7 +101,19 @@ class TinyDecoder(ModelMixin, ConfigMixin):
                 PyTorch holds (3.3); it costs up to a third of the time.
             progress: called with (done, total), multiply-accumulates of the decoder, as the work advances.
         """
-        x = self._entered(latents / self.config.scaling_factor + self.config.shift_factor)
+        unscaled = latents / self.config.scaling_factor + self.config.shift_factor
+        return self._draw(unscaled, low_memory=low_memory, progress=progress)
+
+    def _entered(self, latents: Tensor) -> Tensor:
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"latents: got shape {tuple(latents.shape)}; expected [B, {self.config.latent_channels}, H, W]"
+            )
+        return self.conv_in(latents.contiguous(memory_format=torch.channels_last))
+
+    def _draw(self, latents: Tensor, *, low_memory: bool = False, progress: Progress | None = None) -> Tensor:
+        """What `forward` computes, without gradients: every block writes over its input."""
+        x = self._entered(latents)
         norm = Norm(self.norm_out.num_groups, self.norm_out.weight, self.norm_out.bias, self.norm_out.eps)
         parts: list[tuple[nn.Module, int]] = []  # with the multiply-accumulates of each
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
