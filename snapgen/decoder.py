@@ -16,8 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from snapgen_kernels import DecoderBlock, Norm, SepConv2d
-from snapgen_kernels._backend import missing_kernel
-from snapgen_kernels.decoding import apply_block, norm_silu_conv
+from snapgen_kernels.decoding import apply_block, norm_silu_conv, runs_in_place
 
 Progress = Callable[[int, int], None]
 
@@ -81,9 +80,8 @@ class TinyDecoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the latents have another number of channels.
         """
-        if not torch.is_grad_enabled() and missing_kernel("decoder_block", latents.device.type) is None:
-            if not torch.compiler.is_compiling():
-                return self._draw(latents)
+        if runs_in_place(latents):
+            return self._draw(latents)
         x = self._entered(latents)
         for index, stage in enumerate(self.stages):
             for block in stage:

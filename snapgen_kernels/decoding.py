@@ -46,6 +46,13 @@ def _unsupported(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> str | N
     return None
 
 
+def runs_in_place(x: Tensor) -> bool:
+    """True where :func:`apply_block` is a kernel and may be used: no gradient is recorded and nothing is traced."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _backend.is_reference():
+        return False
+    return _backend.missing_kernel("decoder_block", x.device.type) is None
+
+
 @torch.no_grad()
 def norm_silu_conv(
     x: Tensor, norm: Norm, weight: Tensor, bias: Tensor, *, statistics: Statistics | None = None
