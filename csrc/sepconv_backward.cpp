@@ -49,25 +49,41 @@ void check(const Optional& t, const char* op, const char* name, int64_t elements
 const void* data_of(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
 void* memory_of(Optional& t) { return t ? t->mutable_data_ptr() : nullptr; }
 
-float element(const Tensor& t, int64_t i) {
-  if (t.scalar_type() == ScalarType::Float) return static_cast<const float*>(t.const_data_ptr())[i];
-  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(t.const_data_ptr())[i]) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-void set_element(Tensor& t, int64_t i, double number) {
-  const float value = float(number);
-  if (t.scalar_type() == ScalarType::Float) {
-    static_cast<float*>(t.mutable_data_ptr())[i] = value;
-    return;
+// A parameter, or its gradient, element by element; asking the tensor itself takes longer than the element.
+class Parameter {
+ public:
+  explicit Parameter(const Tensor& t)
+      : narrow_(t.scalar_type() == ScalarType::BFloat16), data_(const_cast<void*>(t.const_data_ptr())) {
+    STD_TORCH_CHECK(narrow_ || t.scalar_type() == ScalarType::Float, "snapgen_cpu: parameters must be float32 or bfloat16");
   }
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  static_cast<uint16_t*>(t.mutable_data_ptr())[i] = value != value ? 0x7fc0 : uint16_t(rounded >> 16);
-}
+  explicit Parameter(const Optional& t) : Parameter() {
+    if (t) *this = Parameter(*t);
+  }
+  explicit operator bool() const { return data_; }
+  float operator[](int64_t i) const {
+    if (!narrow_) return static_cast<const float*>(data_)[i];
+    const uint32_t bits = uint32_t(static_cast<const uint16_t*>(data_)[i]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+  void set(int64_t i, double number) {
+    const float value = float(number);
+    if (!narrow_) {
+      static_cast<float*>(data_)[i] = value;
+      return;
+    }
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    static_cast<uint16_t*>(data_)[i] = value != value ? 0x7fc0 : uint16_t(rounded >> 16);
+  }
+
+ private:
+  Parameter() = default;
+  bool narrow_ = false;
+  void* data_ = nullptr;
+};
 
 // Memory that nobody has written to, on a cache line.
 struct Buffer {
@@ -148,10 +164,11 @@ void depthwise_gradient(Tensor x, Optional dd, Tensor dw_weight, Optional dw_bia
   const int64_t parts = g.batch * g.strips * g.tiles;
   std::vector<float> parameters(12 * g.padded);
   float *taps = parameters.data(), *bias = taps + 9 * g.padded, *weight_n = bias + g.padded, *bias_n = weight_n + g.padded;
+  const Parameter dw_weights(dw_weight), dw_biases(dw_bias), norm_weights(norm_weight), norm_biases(norm_bias);
   for (int64_t c = 0; c < C; ++c) {
-    for (int64_t i = 0; i < 9; ++i) taps[i * g.padded + c] = element(dw_weight, c * 9 + i);
-    if (dw_bias) bias[c] = element(*dw_bias, c);
-    if (g.groups) weight_n[c] = element(*norm_weight, c), bias_n[c] = element(*norm_bias, c);
+    for (int64_t i = 0; i < 9; ++i) taps[i * g.padded + c] = dw_weights[c * 9 + i];
+    if (dw_biases) bias[c] = dw_biases[c];
+    if (g.groups) weight_n[c] = norm_weights[c], bias_n[c] = norm_biases[c];
   }
   g.taps = taps, g.bias = bias, g.norm_weight = weight_n, g.norm_bias = bias_n;
   g.mean = static_cast<const float*>(data_of(mean)), g.rstd = static_cast<const float*>(data_of(rstd));
@@ -176,12 +193,14 @@ void depthwise_gradient(Tensor x, Optional dd, Tensor dw_weight, Optional dw_bia
   g.merged = merged.data();
   torch::stable::parallel_for(0, kGradientSums * g.padded / 16, std::max<int64_t>(1, 4096 / parts),
                               [&](int64_t begin, int64_t end) { kernel.merge(g, begin, end); });
+  Parameter to_dw_weight(grad_dw_weight), to_dw_bias(grad_dw_bias);
+  Parameter to_norm_weight(grad_norm_weight), to_norm_bias(grad_norm_bias);
   for (int64_t c = 0; c < C; ++c) {
-    if (grad_dw_weight)
-      for (int64_t i = 0; i < 9; ++i) set_element(*grad_dw_weight, c * 9 + i, merged[i * g.padded + c]);
-    if (grad_dw_bias) set_element(*grad_dw_bias, c, merged[9 * g.padded + c]);
-    if (grad_norm_bias) set_element(*grad_norm_bias, c, merged[10 * g.padded + c]);
-    if (grad_norm_weight) set_element(*grad_norm_weight, c, merged[11 * g.padded + c]);
+    if (to_dw_weight)
+      for (int64_t i = 0; i < 9; ++i) to_dw_weight.set(c * 9 + i, merged[i * g.padded + c]);
+    if (to_dw_bias) to_dw_bias.set(c, merged[9 * g.padded + c]);
+    if (to_norm_bias) to_norm_bias.set(c, merged[10 * g.padded + c]);
+    if (to_norm_weight) to_norm_weight.set(c, merged[11 * g.padded + c]);
   }
 }
 
@@ -219,16 +238,17 @@ void pointwise_gradient(Tensor dy, Optional packed, Optional dd, Optional grad_s
   if (!summed) return;
   const int64_t O = g.outputs;
   std::vector<double> sample(O), total(O);
+  Parameter to_shift(grad_shift), to_bias(grad_bias);
   for (int64_t b = 0; b < g.batch; ++b) {
     std::fill(sample.begin(), sample.end(), 0.0);
     for (int64_t k = 0; k < g.parts; ++k)
       for (int64_t o = 0; o < O; ++o) sample[o] += g.sums[(b * g.parts + k) * O + o];
-    if (grad_shift)
-      for (int64_t o = 0; o < O; ++o) set_element(*grad_shift, b * O + o, sample[o]);
+    if (to_shift)
+      for (int64_t o = 0; o < O; ++o) to_shift.set(b * O + o, sample[o]);
     for (int64_t o = 0; o < O; ++o) total[o] += sample[o];
   }
-  if (grad_bias)
-    for (int64_t o = 0; o < O; ++o) set_element(*grad_bias, o, total[o]);
+  if (to_bias)
+    for (int64_t o = 0; o < O; ++o) to_bias.set(o, total[o]);
 }
 
 void pointwise_weight_gradient(Tensor dy, Tensor d, Tensor dw) {

@@ -324,6 +324,14 @@ def _register_autocast(op: Op, cast: tuple[str, ...]) -> None:
     LIBRARY.impl(op.name, implementation("cuda"), "AutocastCUDA")
 
 
+def dtype_seen(tensor: Tensor) -> torch.dtype:
+    """The dtype in which an op sees an argument that it leaves to autocast (``cast`` of :func:`register`)."""
+    device_type = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
 def _ranged(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         with _backend.profile_range(name):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snapgen_kernels import _backend
-from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
+from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, dtype_seen, register
 from snapgen_kernels.group_norm_silu import group_norm_silu, new_statistics, statistics
 from snapgen_kernels.group_norm_silu import reference as group_norm_silu_reference
 from snapgen_kernels.sepconv import check_separable, new_image
@@ -163,11 +163,13 @@ _WEIGHTS = Weights._fields
 
 def _unsupported(x: Tensor, weights: Sequence[Tensor]) -> str | None:
     """None if a fused kernel takes this call, else the reason."""
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"x has dtype {x.dtype}; the kernels take float32 and bfloat16"
+    dtype = dtype_seen(x)
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"x has dtype {dtype}; the kernels take float32 and bfloat16"
     for name, weight in zip(_WEIGHTS, weights, strict=True):
-        if weight.dtype != x.dtype and not (name.startswith("norm") and weight.dtype == torch.float32):
-            return f"{name} has dtype {weight.dtype}; expected that of x, {x.dtype}"
+        given = weight.dtype if name.startswith("norm") else dtype_seen(weight)
+        if given != dtype and not (name.startswith("norm") and given == torch.float32):
+            return f"{name} has dtype {given}; expected that of x, {dtype}"
     return None
 
 

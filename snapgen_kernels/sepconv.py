@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snapgen_kernels import _backend
-from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
+from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, dtype_seen, register
 from snapgen_kernels.group_norm_silu import Norm, compute_dtype, group_norm_silu, new_statistics, statistics
 from snapgen_kernels.group_norm_silu import reference as group_norm_silu_reference
 
@@ -178,16 +178,17 @@ def unsupported_dtypes(
     x: Tensor, like_x: Iterable[tuple[str, Tensor | None]], norms: Iterable[tuple[str, Tensor | None]]
 ) -> str | None:
     """None if the CPU kernels take these dtypes: fp32 or bf16, norms in fp32 or the same; else the reason."""
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"x has dtype {x.dtype}; the kernels take float32 and bfloat16"
+    dtype = dtype_seen(x)
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"x has dtype {dtype}; the kernels take float32 and bfloat16"
     if x.shape[1] == 0:
         return "x has no channels"
     for name, tensor in like_x:
-        if tensor is not None and tensor.dtype != x.dtype:
-            return f"{name} has dtype {tensor.dtype}; the kernels take that of x, {x.dtype}"
+        if tensor is not None and dtype_seen(tensor) != dtype:
+            return f"{name} has dtype {tensor.dtype}; the kernels take that of x, {dtype}"
     for name, tensor in norms:
-        if tensor is not None and tensor.dtype not in (torch.float32, x.dtype):
-            return f"{name} has dtype {tensor.dtype}; the kernels take float32 or the dtype of x, {x.dtype}"
+        if tensor is not None and tensor.dtype not in (torch.float32, dtype):
+            return f"{name} has dtype {tensor.dtype}; the kernels take float32 or the dtype of x, {dtype}"
     return None
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snapgen_kernels import checks
-from snapgen_kernels._backend import extension
+from snapgen_kernels._backend import extension, use
 from snapgen_kernels.group_norm_silu import statistics
 from snapgen_kernels.testing import LAYOUTS, Case, Inputs, small_cases
 
@@ -161,3 +161,23 @@ def test_primitives_refuse_what_does_not_fit() -> None:
         kernels.depthwise(torch.randn(1, 4, 4, 8), x, torch.randn(16, 1, 3, 3))
     with pytest.raises(RuntimeError, match="float32 or bfloat16"):
         kernels.depthwise(x.half(), x.half(), torch.randn(16, 1, 3, 3).half())
+
+
+@built
+@pytest.mark.parametrize("op", ["sepconv", "resblock", "decoder_block"])
+def test_autocast_keeps_the_fused_op(op: str) -> None:
+    """fp32 weights do not send a call under autocast elsewhere: it is the bf16 op, and gradients come back in fp32."""
+    case = next(c for c in small_cases(op) if c.layout == "channels_last")
+    inputs = case.inputs(requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), use("fused"):
+        y = case.spec.public(inputs)
+    assert y.dtype == torch.bfloat16
+    leaves = checks.leaves_of(case, inputs)
+    found = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
+    narrow = {n: v.detach().bfloat16() if n in leaves and "norm" not in n else v for n, v in inputs.items()}
+    narrow = {n: v.detach().requires_grad_(n in leaves) if isinstance(v, Tensor) else v for n, v in narrow.items()}
+    plain = case.spec.registered(narrow)
+    right = torch.autograd.grad(plain, [narrow[n] for n in leaves], torch.ones_like(plain))
+    assert torch.equal(y, plain)
+    for name, mine, expected in zip(leaves, found, right, strict=True):
+        assert mine.dtype == torch.float32 and torch.equal(mine, expected.float()), name
