@@ -14,6 +14,7 @@ using torch::stable::Tensor;
 constexpr int64_t kRingBytes = 786432;   // of the three normalised rows; with a panel and the weight they share the L2
 constexpr int64_t kTileWidth = 256;
 constexpr int64_t kPanelBytes = 524288;
+constexpr int64_t kStreamBytes = 12582912;
 
 // The cut of the outputs into tiles and units: by the shape and the dtype alone.
 void cut(Sepconv& s, int64_t element_size) {
@@ -95,6 +96,7 @@ void sepconv(Tensor x, Tensor dw_weight, std::optional<Tensor> dw_bias, Tensor p
     s.skip = skip->const_data_ptr(), s.skip_weight = skip_weight->const_data_ptr();
   }
   cut(s, int64_t(x.element_size()));
+  s.stream = y.numel() * int64_t(y.element_size()) >= kStreamBytes;
   const int64_t units = s.batch * s.tiles * s.units_of_tile;
   std::vector<double> moments;
   if (out_mean) {

@@ -28,6 +28,7 @@ struct Sepconv {
   const void* skip_weight;    // packed, skip_channels -> outputs
   int64_t skip_channels;
   void* out;
+  bool stream;                // out is larger than what the caches keep until it is read
   int64_t out_groups;         // of the statistics of out
   double* moments;            // [units, out_groups, 2], or null: mean and sum of squared deviations
 };

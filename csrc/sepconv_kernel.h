@@ -91,10 +91,35 @@ int64_t sepconv_scratch(const Sepconv& s) {
   return SepconvBuffers<T>(s).bytes;
 }
 
+// V vectors to memory; past the caches where `stream` says so.
+template <class T, int N, int V>
+SG_INLINE void emit(T* out, const Vec<float, N>* y, bool stream) {
+#if SG_AVX512
+  if constexpr (N == 16 && V % 2 == 0) {
+    if (stream) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v += 2) {
+        if constexpr (sizeof(T) == 4) {
+          _mm512_stream_ps(reinterpret_cast<float*>(out + v * N), (__m512)y[v]);
+          _mm512_stream_ps(reinterpret_cast<float*>(out + v * N + N), (__m512)y[v + 1]);
+        } else {
+          T pair[2 * N];
+          store<N>(pair, y[v]), store<N>(pair + N, y[v + 1]);
+          _mm512_stream_si512(reinterpret_cast<__m512i*>(out + v * N), _mm512_loadu_si512(pair));
+        }
+      }
+      return;
+    }
+  }
+#endif
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) store<N>(out + v * N, y[v]);
+}
+
 // What follows the product, for pixels of consecutive memory: V vectors of N channels from `c` on.
 template <class T, int N, int V, bool sums>
 SG_INLINE void finish_channels(const float* values, int64_t ldc, int64_t pixels, const float* bias, const T* residual, T* out,
-                               int64_t outputs, const ChannelSums& s, int64_t c, bool first) {
+                               int64_t outputs, const ChannelSums& s, int64_t c, bool first, bool stream) {
   using F = Vec<float, N>;
   F add[V], center[V], sum[V], square[V];
   const auto value = [&](int64_t p, int v) __attribute__((always_inline)) {
@@ -121,16 +146,17 @@ SG_INLINE void finish_channels(const float* values, int64_t ldc, int64_t pixels,
     }
   }
   for (int64_t p = 0; p < pixels; ++p) {
+    F y[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const F y = value(p, v);
-      store<N>(out + p * outputs + v * N, y);
+      y[v] = value(p, v);
       if constexpr (sums) {
-        const F d = rounded<T, N>(y) - center[v];
+        const F d = rounded<T, N>(y[v]) - center[v];
         sum[v] = sum[v] + d;
         square[v] = square[v] + d * d;
       }
     }
+    emit<T, N, V>(out + p * outputs, y, stream);
   }
   if constexpr (sums) {
 #pragma GCC unroll 4
@@ -143,11 +169,11 @@ SG_INLINE void finish_channels(const float* values, int64_t ldc, int64_t pixels,
 
 template <class T, bool sums>
 __attribute__((noinline)) void finish(const float* values, int64_t ldc, int64_t pixels, const float* bias, const T* residual, T* out, int64_t outputs,
-            const ChannelSums& s, int64_t c, int64_t end, bool first) {
+            const ChannelSums& s, int64_t c, int64_t end, bool first, bool stream) {
   const int64_t begin = c;
 #define SG_FINISH(N, V)                                                                                                  \
   finish_channels<T, N, V, sums>(values + c - begin, ldc, pixels, bias + c, residual ? residual + c : nullptr, out + c,  \
-                                 outputs, s, c, first);
+                                 outputs, s, c, first, stream);
   for (; c + 4 * kLanes <= end; c += 4 * kLanes) SG_FINISH(kLanes, 4)
   for (; c + kLanes <= end; c += kLanes) SG_FINISH(kLanes, 1)
   for (; c < end; ++c) SG_FINISH(1, 1)
@@ -312,6 +338,7 @@ struct SepconvRun {
     const int64_t steps = gemm_steps<P>(pixels, blocks_of(s.outputs), s.channels);
     const int64_t lines = ahead.lines() / steps + 1;
     const int64_t ldc = b.blocks * kColumns;
+    const bool stream = s.stream && s.outputs * int64_t(sizeof(T)) % 64 == 0 && reinterpret_cast<uintptr_t>(s.out) % 64 == 0;
     for (int64_t j = 0; j < blocks_of(s.outputs); j += b.blocks) {
       const int64_t some = blocks_of(s.outputs) - j < b.blocks ? blocks_of(s.outputs) - j : b.blocks;
       // What the epilogue will write and add to, and what the next panel will read, is on its way by the time it is touched.
@@ -325,7 +352,7 @@ struct SepconvRun {
                 ahead.ask(lines);
                 if (!kAskForOutput) return;
                 for (int64_t i = 0; i < spots && m < pixels; ++i) {
-                  __builtin_prefetch(out + where[m] * row + offset, 1, 2);
+                  if (!stream) __builtin_prefetch(out + where[m] * row + offset, 1, 2);
                   if (s.residual) __builtin_prefetch(residual + where[m] * row + offset, 0, 2);
                   if ((offset += 64) >= width) offset = 0, ++m;
                 }
@@ -343,8 +370,8 @@ struct SepconvRun {
           const T* residual = s.residual ? static_cast<const T*>(s.residual) + at : nullptr;
           T* out = static_cast<T*>(s.out) + at;
           const float* bias = s.bias + u.sample * s.outputs;
-          if (s.moments) finish<T, true>(values, ldc, r.pixels, bias, residual, out, s.outputs, sums(unit - begin), n0, n1, i == 0);
-          else finish<T, false>(values, ldc, r.pixels, bias, residual, out, s.outputs, {}, n0, n1, true);
+          if (s.moments) finish<T, true>(values, ldc, r.pixels, bias, residual, out, s.outputs, sums(unit - begin), n0, n1, i == 0, stream);
+          else finish<T, false>(values, ldc, r.pixels, bias, residual, out, s.outputs, {}, n0, n1, true, stream);
         }
       }
     }
@@ -363,6 +390,9 @@ void sepconv(const Sepconv& s, int64_t begin, int64_t end, void* scratch) {
   for (int64_t unit = begin; unit < end; unit += s.panel_units)
     run.panel_of_units(unit, least(unit + s.panel_units, end), least(unit + 2 * s.panel_units, end));
   tiles_end();
+#if SG_AVX512
+  if (s.stream) _mm_sfence();
+#endif
 }
 
 constexpr SepconvTable sepconv_table() {
