@@ -41,7 +41,7 @@ def switch(name: str, default: str) -> bool:
 
 
 def cpp_extension() -> dict:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, is_ninja_available
 
     # The kernels are written in the vector extension of GCC and Clang. Vectors never cross a call, so -Wpsabi has no
     # say.
@@ -62,7 +62,7 @@ def cpp_extension() -> dict:
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)},
+        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=is_ninja_available())},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

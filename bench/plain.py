@@ -120,6 +120,7 @@ def _decoder_block(
     *,
     low_memory: bool = False,
 ) -> Tensor:
+    """PyTorch has no other way where memory is low."""
     first = dict(x=x, dw1_weight=dw1_weight, dw1_bias=dw1_bias, pw1_weight=pw1_weight)
     second = dict(dw2_weight=dw2_weight, dw2_bias=dw2_bias, pw2_weight=pw2_weight)
     norm = dict(norm_weight=norm_weight, norm_bias=norm_bias, num_groups=num_groups, eps=eps)

@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import Positional
 
 from bench.machine import RESULTS
-from bench.results import Comparison, Row, compare, read
+from bench.results import OURS, Comparison, Row, compare, read
 from snapgen.io import whole_file
 
 # Blue and orange stay apart for all kinds of colour vision; the dtypes keep theirs in every picture.
@@ -25,6 +25,7 @@ _MODES = ("fwd", "bwd", "fwd+bwd", "step")
 # What is filled is ours.
 _PROVIDERS = {
     "fused": "o",
+    "fused-low": "d",
     "eager": "s",
     "eager-nchw": "D",
     "compile": "^",
@@ -165,7 +166,7 @@ def roofline(groups: Sequence[Comparison], axes: Any) -> None:
     handles: list[Any] = []
     for name, marker in _PROVIDERS.items():
         if name in present:
-            face = "#44474d" if name == "fused" else "white"
+            face = "#44474d" if name in OURS else "white"
             handles += axes.plot(
                 [], [], marker, color="#44474d", markerfacecolor=face, linestyle="none", markersize=5, label=name
             )

@@ -112,6 +112,9 @@ def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+OURS = ("fused", "fused-low")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """All providers on one case in one mode of one run."""
@@ -129,7 +132,7 @@ class Comparison:
     @property
     def best_peer(self) -> Row | None:
         """The fastest of the others, by median."""
-        return min((r for r in self.rows if r.provider != "fused"), key=lambda r: r.p50_ms, default=None)
+        return min((r for r in self.rows if r.provider not in OURS), key=lambda r: r.p50_ms, default=None)
 
     @property
     def speedup(self) -> float | None:

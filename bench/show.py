@@ -12,7 +12,7 @@ from bench.cases import DTYPE_NAMES, costs
 from bench.limits import Limits
 from bench.machine import Provenance
 from bench.models import ModelCase
-from bench.results import Row, compare
+from bench.results import OURS, Row, compare
 from bench.runner import Plan
 from snapgen_kernels.testing import Case
 
@@ -71,7 +71,7 @@ def rows(console: Console, case: Case | ModelCase, measured: Sequence[Row]) -> N
     for group in compare(measured):
         peer = group.best_peer
         for row in sorted(group.rows, key=lambda r: r.p50_ms):
-            style = "bold green" if row.provider == "fused" else ""
+            style = "bold green" if row.provider in OURS else ""
             ratio = "" if peer is None else f"{peer.p50_ms / row.p50_ms:.2f}x"
             table.add_row(
                 row.mode,

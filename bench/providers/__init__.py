@@ -50,6 +50,7 @@ def all_providers() -> dict[str, Provider]:
 
     everyone: list[Provider] = [
         Fused(),
+        Fused("fused-low", low_memory=True),
         Eager("eager", "channels_last"),
         Eager("eager-nchw", "contiguous"),
         Compiled("compile", "default"),
@@ -60,4 +61,4 @@ def all_providers() -> dict[str, Provider]:
     return {provider.name: provider for provider in everyone}
 
 
-NAMES = ("fused", "eager", "eager-nchw", "compile", "compile-max", "openvino", "onnxruntime")
+NAMES = ("fused", "fused-low", "eager", "eager-nchw", "compile", "compile-max", "openvino", "onnxruntime")

@@ -19,14 +19,14 @@ def strictly(case: Case, inputs: Inputs) -> object:
         return case.spec.public(inputs)
 
 
-def _model(case: ModelCase) -> Prepared:
+def _model(case: ModelCase, low_memory: bool) -> Prepared:
     if case.op == "train":
         step = models.training(case)
     else:
         network, activations = models.network_and_feeds(case)
 
         def step() -> torch.Tensor:
-            return models.run(network, activations)
+            return models.run_fused(network, activations, low_memory=low_memory)
 
     def call() -> torch.Tensor:
         with snapgen_kernels.use("auto"):
@@ -38,11 +38,12 @@ def _model(case: ModelCase) -> Prepared:
 class Fused:
     """``snapgen_kernels`` under ``use("fused")``; whole models as users run them, under ``use("auto")``."""
 
-    name = "fused"
     in_torch = True
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "fused", *, low_memory: bool = False) -> None:
         from importlib import metadata
+
+        self.name, self.low_memory = name, low_memory
 
         try:
             self.version = metadata.version("snapgen")
@@ -53,12 +54,14 @@ class Fused:
         return None
 
     def unfit(self, case: Case | ModelCase, device: str, train: bool) -> str | None:
+        if self.low_memory and case.op != "decoder":
+            return "only the decoder has a low-memory mode"
         if isinstance(case, ModelCase):
             return _backend.extension().reason
         return _backend.missing_kernel(case.op, device)
 
     def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
         if isinstance(case, ModelCase):
-            return _model(case)
+            return _model(case, self.low_memory)
         inputs = drawn(case, device, train)
         return Prepared(lambda: strictly(case, inputs), leaves(case, inputs))
