@@ -1,6 +1,7 @@
 """The README's tables from what was measured: ``python -m bench.tables README.md`` rewrites what stands between the
-lines ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` (rows of bench/results) and ``<!-- scores:begin -->`` and
-``<!-- scores:end -->`` (the shipped checkpoint's scores); ``--check`` only says whether they are up to date.
+lines ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` (rows of bench/results), ``<!-- goals:begin -->`` and
+``<!-- goals:end -->`` (the same against their goals), and ``<!-- scores:begin -->`` and ``<!-- scores:end -->`` (the
+shipped checkpoint's scores), each where it is there; ``--check`` only says whether they are up to date.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
+from bench import goals
 from bench.machine import RESULTS
 from bench.models import MODELS
 from bench.providers import NAMES
@@ -23,6 +25,7 @@ from snapgen.data.shapes import SKILLS
 from snapgen.io import write_text
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+GOALS_BEGIN, GOALS_END = "<!-- goals:begin -->", "<!-- goals:end -->"
 SCORES_BEGIN, SCORES_END = "<!-- scores:begin -->", "<!-- scores:end -->"
 SCORES = SHIPPED / "tiny" / "scores.json"  # written by `snapgen eval tiny --untrained -o`
 _EMPTY = "No rows are recorded yet: `python -m bench` measures this machine and appends them to `bench/results/`."
@@ -171,7 +174,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [row for path in sorted(options.results.glob("*.csv")) for row in read(path)]
     try:
         old = options.file.read_text(encoding="utf-8")
-        new = insert(old, tables(rows), str(options.file))
+        if not any(begin in old for begin in (BEGIN, GOALS_BEGIN, SCORES_BEGIN)):
+            raise MarkerError(f"{options.file}: needs the line {BEGIN}, {GOALS_BEGIN} or {SCORES_BEGIN}")
+        new = old
+        if BEGIN in old or END in old:
+            new = insert(new, tables(rows), str(options.file))
+        if GOALS_BEGIN in old:
+            new = insert(new, goals.table(rows), str(options.file), GOALS_BEGIN, GOALS_END)
         if SCORES_BEGIN in old:
             scores = json.loads(SCORES.read_text(encoding="utf-8"))
             new = insert(new, score_table(scores), str(options.file), SCORES_BEGIN, SCORES_END)

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 import bench.__main__ as command
-from bench import cases, limits, machine, malloc, models, plot, tables
+from bench import cases, goals, limits, machine, malloc, models, plot, tables
 from bench.plain import plain
 from bench.providers import NAMES, all_providers
 from bench.results import COLUMNS, Row, append, compare, read
@@ -613,3 +613,30 @@ def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
     assert code == 0, text
     assert "not timed: eager-nchw: its outputs are not eager's: relative error 0.1" in text
     assert "1 rows" in text
+
+
+def _measured(provider: str, ms: float, peak: int, **other: object) -> Row:
+    return row(**{**dict(op="decoder", case="1024px", provider=provider, p50_ms=ms, peak_bytes=peak), **other})
+
+
+def test_goals_are_judged_by_the_latest_rows() -> None:
+    full = 4 * 128 * 1024 * 1024
+    rows = [
+        _measured("fused", 100.0, full, flops=8e9, gemm_gflops=100.0),  # 80 of 100 GFLOP/s
+        _measured("fused-low", 140.0, int(1.25 * full)),
+        _measured("eager", 150.0, 4 * full),
+        _measured("openvino", 130.0, -1),
+        _measured("fused", 100.0, full, malloc="stock"),
+        _measured("eager", 400.0, full, malloc="stock"),
+    ]
+    text = goals.table(rows)
+    for line in (
+        "| 75% of the matrix product's rate | **80% of the matrix product's rate** | reached |",
+        "| 1.40x the best peer | 1.30x the best peer | missed |",
+        "| at most 0.33x eager's peak memory | **0.25x eager's peak memory** | reached |",
+        "| at most low memory: 1.30 full-size images | **1.25 full-size images** | reached |",
+        "| at most low memory: 1.35x the time | 1.40x the time | missed |",
+        "| 5.00x eager, malloc as it comes | 4.00x eager, malloc as it comes | missed |",
+    ):
+        assert line in text
+    assert "No rows" in goals.table([])
