@@ -20,6 +20,7 @@ SOURCES = [
     "csrc/isa_avx512.cpp",
     "csrc/isa_avx512bf16.cpp",
     "csrc/isa_amx.cpp",
+    "csrc/geglu.cpp",
     "csrc/pack.cpp",
     "csrc/sepconv.cpp",
     "csrc/sepconv_backward.cpp",

@@ -97,34 +97,43 @@ SG_INLINE uint32_t unit_at(const S* src, int64_t sk, int64_t k, int64_t K) {
   }
 }
 
-// kLanes x kLanes units, transposed in registers. Every stage swaps the halves of ever larger blocks.
+// One stage of a transpose in registers: swaps the halves of blocks of 2 kHalf. A template, so that the indices are
+// constants.
+template <int kHalf>
+SG_INLINE void transpose_stage(Vec<uint32_t, kLanes> (&v)[kLanes]) {
+  using U = Vec<uint32_t, kLanes>;
+  U low{}, high{};  // indices into the pair (a, b)
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = uint32_t(i & kHalf ? kLanes + i - kHalf : i);
+    high[i] = uint32_t(i & kHalf ? kLanes + i : i + kHalf);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kHalf) continue;
+    const U a = v[i], b = v[i + kHalf];
+#if defined(__clang__)
+    U x, y;
+    for (int j = 0; j < kLanes; ++j) {
+      x[j] = low[j] < uint32_t(kLanes) ? a[low[j]] : b[low[j] - kLanes];
+      y[j] = high[j] < uint32_t(kLanes) ? a[high[j]] : b[high[j] - kLanes];
+    }
+    v[i] = x, v[i + kHalf] = y;
+#else
+    v[i] = __builtin_shuffle(a, b, low), v[i + kHalf] = __builtin_shuffle(a, b, high);
+#endif
+  }
+  if constexpr (2 * kHalf < kLanes) transpose_stage<2 * kHalf>(v);
+}
+
+// kLanes x kLanes units, transposed in registers.
 SG_INLINE void transpose_units(const uint32_t* src, int64_t ss, uint32_t* out, int64_t so) {
   using U = Vec<uint32_t, kLanes>;
   U v[kLanes];
-  for (int i = 0; i < kLanes; ++i) __builtin_memcpy(&v[i], src + i * ss, sizeof(U));
-#pragma GCC unroll 4
-  for (int half = 1; half < kLanes; half *= 2) {
-    U low, high;  // indices into the pair (a, b)
-    for (int i = 0; i < kLanes; ++i) {
-      low[i] = uint32_t(i & half ? kLanes + i - half : i);
-      high[i] = uint32_t(i & half ? kLanes + i : i + half);
-    }
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & half) continue;
-      const U a = v[i], b = v[i + half];
-#if defined(__clang__)
-      U x, y;
-      for (int j = 0; j < kLanes; ++j) {
-        x[j] = low[j] < uint32_t(kLanes) ? a[low[j]] : b[low[j] - kLanes];
-        y[j] = high[j] < uint32_t(kLanes) ? a[high[j]] : b[high[j] - kLanes];
-      }
-      v[i] = x, v[i + half] = y;
-#else
-      v[i] = __builtin_shuffle(a, b, low), v[i + half] = __builtin_shuffle(a, b, high);
-#endif
-    }
-  }
+  for (int i = 0; i < kLanes; ++i) __builtin_memcpy(&v[i], src + i * ss, sizeof(U));
+  transpose_stage<1>(v);
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) __builtin_memcpy(out + i * so, &v[i], sizeof(U));
 }
 

@@ -16,6 +16,7 @@ namespace {
 #include "gemm.h"
 #include "group_norm_silu_kernel.h"
 #include "pack_kernel.h"
+#include "geglu_kernel.h"
 #include "qk_norm_rope_kernel.h"
 #include "rows.h"
 #include "sepconv_kernel.h"
@@ -42,6 +43,10 @@ const Kernels kernels = {
     sepconv_backward_table<bf16>(),
     decoder_block_table<float>(),
     decoder_block_table<bf16>(),
+    geglu_table<float>(),
+    geglu_table<bf16>(),
+    outer_table<float>(),
+    outer_table<bf16>(),
 };
 
 }  // namespace snapgen::SG_ISA

@@ -44,6 +44,7 @@ struct GroupNormSiluTable {
 
 #include "attention.h"
 #include "decoder_block.h"
+#include "geglu.h"
 #include "pack.h"
 #include "qk_norm_rope.h"
 #include "sepconv.h"
@@ -60,6 +61,8 @@ struct Kernels {
   AttentionTable attention_f32, attention_bf16;
   SepconvBackwardTable sepconv_backward_f32, sepconv_backward_bf16;
   DecoderBlockTable decoder_block_f32, decoder_block_bf16;
+  GegluTable geglu_f32, geglu_bf16;
+  OuterTable outer_f32, outer_bf16;
 };
 
 namespace portable {

@@ -55,6 +55,8 @@ int64_t fingerprint(Tensor tensor) {
   return int64_t(hash >> 1);
 }
 
+constexpr int64_t kDeep = 1024;
+
 // out[M, N] = a[M, K] B, with B = packed of [K, N].
 void product(Tensor a, Tensor packed, Tensor out) {
   STD_TORCH_CHECK(a.dim() == 2 && out.dim() == 2 && a.size(0) == out.size(0), "snapgen_cpu::product: shapes do not fit");
@@ -65,12 +67,18 @@ void product(Tensor a, Tensor packed, Tensor out) {
   const bool narrow = is_bf16(a, "a");
   const PackTable& table = kernels().pack;
   Product args{a.const_data_ptr(), a.stride(0), a.stride(1), a.size(0), out.size(1), a.size(1), packed.const_data_ptr(),
-               out.mutable_data_ptr(), 0};
+               out.mutable_data_ptr(), 0, 0, 0};
   STD_TORCH_CHECK(packed.numel() == (narrow ? table.elements_bf16 : table.elements_f32)(args.depth, args.columns),
                   "snapgen_cpu::product: packed is not of this size or of this instruction set");
-  const int64_t row_bytes = std::max<int64_t>(1, args.depth * int64_t(a.element_size()));
-  args.tile_rows = std::max<int64_t>(32, std::min<int64_t>(128, (int64_t(1) << 20) / row_bytes / 32 * 32));
-  const int64_t tasks = (args.rows + args.tile_rows - 1) / args.tile_rows;
+  if (args.depth > kDeep) {
+    const int64_t block = table.block_columns;
+    args.slice = 512, args.tile_rows = 256, args.group_columns = std::min<int64_t>(1024, (args.columns + block - 1) / block * block);
+  } else {
+    const int64_t row_bytes = std::max<int64_t>(1, args.depth * int64_t(a.element_size()));
+    args.tile_rows = std::max<int64_t>(32, std::min<int64_t>(128, (int64_t(1) << 20) / row_bytes / 32 * 32));
+  }
+  const int64_t groups = args.slice ? (args.columns + args.group_columns - 1) / args.group_columns : 1;
+  const int64_t tasks = (args.rows + args.tile_rows - 1) / args.tile_rows * groups;
   const int64_t scratch = (narrow ? table.scratch_bf16 : table.scratch_f32)(args);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     std::vector<char> memory(scratch + 64);

@@ -19,6 +19,9 @@ struct Product {
   const void* b;
   void* out;
   int64_t tile_rows;  // rows of a task
+  // A deep product goes through `slice` of its depth at a time, with sums of `group_columns` columns in the L2 cache; a
+  // task is then a tile of rows and a group of columns. 0: the whole depth at once, and all columns.
+  int64_t slice, group_columns;
 };
 
 struct PackTable {

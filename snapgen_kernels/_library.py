@@ -327,7 +327,11 @@ def _register_autocast(op: Op, cast: tuple[str, ...]) -> None:
 def dtype_seen(tensor: Tensor) -> torch.dtype:
     """The dtype in which an op sees an argument that it leaves to autocast (``cast`` of :func:`register`)."""
     device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if (
+        tensor.dtype == torch.float64
+        or device_type not in ("cpu", "cuda")
+        or not torch.is_autocast_enabled(device_type)
+    ):
         return tensor.dtype
     return torch.get_autocast_dtype(device_type)
 

@@ -5,49 +5,80 @@ Formula, for x [B, N, C], weight [2F, C], bias [2F]::
     value, gate = split(x weight^T + bias)        F channels each
     y = value * gelu(gate),   gelu(g) = g / 2 (1 + erf(g / sqrt(2)))
 
-The product accumulates in fp32.
+The product accumulates in fp32. Backward, with P the normal distribution, p its density and g = gate::
+
+    dh = [dy gelu(g), dy value (P(g) + g p(g))],   dx = dh weight,   dweight = dh^T x,   dbias = sum of dh
+
+[value, gate] is kept for it, in the dtype of x, where a gradient will be asked for.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snapgen_kernels import _backend
-from snapgen_kernels._library import CostCase, check_shape, register
+from snapgen_kernels._library import CostCase, check_shape, dtype_seen, register
 
 NAME = "geglu"
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The formula in plain PyTorch: [B, N, C] -> [B, N, F]."""
-    value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
-    return value * F.gelu(gate)
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, keep: bool = False) -> Tensor:
+    """The formula in plain PyTorch: [B, N, C] -> [B, N, F]. ``keep`` changes nothing here."""
+    return _reference_kept(x, weight, bias, keep)[0]
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+def _reference_kept(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    h = F.linear(x, weight, bias)
+    value, gate = h.chunk(2, dim=-1)
+    return value * F.gelu(gate), h.detach() if keep else x.new_empty(0)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    width = weight.shape[0]
+    return x.new_empty((*x.shape[:-1], width // 2)), x.new_empty((*x.shape[:-1], width) if keep else (0,))
+
+
+def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, *_: bool) -> str | None:
+    """None if the fused kernels take this call, else the reason."""
+    dtype = dtype_seen(x)
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"x has dtype {dtype}; the kernels take float32 and bfloat16"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and dtype_seen(tensor) != dtype:
+            return f"{name} has dtype {tensor.dtype}; the kernels take that of x, {dtype}"
+    return None
+
+
+def _cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from snapgen_kernels._cpu import geglu as kernels
+
+    return kernels.forward(*arguments)
+
+
+def _cpu_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from snapgen_kernels._cpu import geglu as kernels
+
+    return kernels.backward(*arguments)
 
 
 OP = register(
     NAME,
-    "Tensor x, Tensor weight, Tensor? bias",
+    "Tensor x, Tensor weight, Tensor? bias, bool keep",
     outputs=1,
+    saved=1,  # value and gate [B, N, 2F], or nothing
     differentiable=("x", "weight", "bias"),
-    reference=reference,
+    reference=_reference_kept,
     fake=_fake,
     cast=("x", "weight", "bias"),
+    kernels=("cpu",),
+    cpu=_cpu,
+    cpu_backward=_cpu_backward,
+    cpu_unsupported=_unsupported,
 )
-
-
-def _unsupported(x: Tensor, weight: Tensor) -> str | None:
-    """None if a fused kernel takes this call, else the reason."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"x has dtype {x.dtype}; allowed: float32, bfloat16, float16"
-    if weight.dtype != x.dtype:
-        return f"weight has dtype {weight.dtype}; expected that of x, {x.dtype}"
-    return None
 
 
 def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,8 +103,9 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"{NAME}: weight has shape {tuple(weight.shape)}; expected [2F, {x.shape[-1]}]")
     check_shape(NAME, "weight", weight, (weight.shape[0], x.shape[-1]), x)
     check_shape(NAME, "bias", bias, (weight.shape[0],), x)
-    if _backend.select(NAME, x.device.type, _unsupported(x, weight)):
-        return torch.ops.snapgen.geglu(x, weight, bias)
+    if _backend.select(NAME, x.device.type, _unsupported(x, weight, bias)):
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        return torch.ops.snapgen.geglu(x, weight, bias, keep)[0]
     return reference(x, weight, bias)
 
 

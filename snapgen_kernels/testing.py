@@ -250,11 +250,12 @@ def _inputs_attention(case: Case, draw: Draw) -> Inputs:
 
 
 def _inputs_geglu(case: Case, draw: Draw) -> Inputs:
-    d = case.dims  # B, N, C, F; bias
+    d = case.dims  # B, N, C, F; bias, keep
     return {
         "x": draw(d["B"], d["N"], d["C"]) + case.offset,
         "weight": draw(2 * d["F"], d["C"]) / d["C"] ** 0.5,
         "bias": draw(2 * d["F"]) if d.get("bias", 1) else None,
+        "keep": bool(d.get("keep", 1)),
     }
 
 
@@ -391,7 +392,7 @@ SPECS: dict[str, OpSpec] = {
         OpSpec("resblock", _inputs_resblock, _public_resblock, _eager_resblock),
         OpSpec("qk_norm_rope", _inputs_qk_norm_rope, _named("qk_norm_rope"), _eager_qk_norm_rope),
         OpSpec("attention", _inputs_attention, _named("attention"), _eager_attention),
-        OpSpec("geglu", _inputs_geglu, _named("geglu"), _eager_geglu),
+        OpSpec("geglu", _inputs_geglu, lambda i: _call("geglu", _without(i, "keep")), _eager_geglu),
         OpSpec("decoder_block", _inputs_decoder_block, _public_decoder_block, _eager_decoder_block),
     )
 }
@@ -443,6 +444,7 @@ _TESTS: dict[str, dict[str, dict[str, int]]] = {
     "geglu": {
         "small": _sizes(B=2, N=5, C=12, F=7),
         "no-bias": _sizes(B=1, N=3, C=8, F=16, bias=0),
+        "not-kept": _sizes(B=1, N=4, C=9, F=40, keep=0),
     },
     "decoder_block": {
         "small": _sizes(B=2, C=8, M=24, H=5, W=7, G=4),

@@ -35,7 +35,8 @@ _packs: dict[tuple[int, str, str], _Packed] = {}
 def packed(weight: Tensor, form: str) -> Tensor:
     """``weight`` [O, C] or [O, C, 1, 1] in the format of the products of the instruction set in use.
 
-    ``form`` is ``"b"`` for B = weight^T (products C -> O) or ``"bt"`` for B = weight (products O -> C). Packs are kept
+    ``form`` is ``"b"`` for B = weight^T (products C -> O), ``"bt"`` for B = weight (products O -> C), or ``"pairs"``:
+    B = weight^T, the column blocks of the first half of its rows and of the second in turns (GEGLU). Packs are kept
     until their weight dies or changes. A change is noticed by PyTorch's version counter or, where that one is passed by
     (``weight.data``), by 64 values spread over the weight.
     """
@@ -53,4 +54,6 @@ def packed(weight: Tensor, form: str) -> Tensor:
 
 
 def _pack(matrix: Tensor, form: str) -> Tensor:
+    if form == "pairs":
+        return torch.ops.snapgen_cpu.pack_pairs(matrix)
     return torch.ops.snapgen_cpu.pack(matrix.t() if form == "b" else matrix)
