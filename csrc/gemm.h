@@ -197,25 +197,24 @@ void pack_a(const S* src, int64_t sm, int64_t sk, int64_t M, int64_t K, P* out, 
   const int64_t whole_k = K / step / kLanes * kLanes;  // in units
   int64_t m = 0;
   if (sm == 1 && lda * int64_t(sizeof(P)) % 4 == 0) {
-    for (; m + kLanes <= M; m += kLanes) {
-      uint32_t* rows = reinterpret_cast<uint32_t*>(out + m * lda);
-      const int64_t so = lda / step;
-      for (int64_t u = 0; u < whole_k; u += kLanes) {
+    m = M / kLanes * kLanes;
+    // Rows of the source from end to end: a column of squares would meet a new line of memory in every row.
+    for (int64_t u = 0; u < whole_k; u += kLanes)
+      for (int64_t i = 0; i < m; i += kLanes) {
         uint32_t square[kLanes * kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) {
-          const S* p = src + m + (u + i) * step * sk;
+        for (int64_t j = 0; j < kLanes; ++j) {
+          const S* p = src + i + (u + j) * step * sk;
           if constexpr (sizeof(P) == 4) {
-            store<kLanes>(reinterpret_cast<float*>(square + i * kLanes), load<kLanes>(p));
+            store<kLanes>(reinterpret_cast<float*>(square + j * kLanes), load<kLanes>(p));
           } else {
             const auto pair = bits_of_lanes(p) | (bits_of_lanes(p + sk) << 16);
-            __builtin_memcpy(square + i * kLanes, &pair, sizeof(pair));
+            __builtin_memcpy(square + j * kLanes, &pair, sizeof(pair));
           }
         }
-        transpose_units(square, kLanes, rows + u, so);
+        transpose_units(square, kLanes, reinterpret_cast<uint32_t*>(out + i * lda) + u, lda / step);
       }
-      for (int64_t i = m; i < m + kLanes; ++i)
-        for (int64_t k = whole_k * step; k < K; ++k) to_panel(wide(src[i * sm + k * sk]), out + i * lda + k);
-    }
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t k = whole_k * step; k < K; ++k) to_panel(wide(src[i * sm + k * sk]), out + i * lda + k);
   }
   for (; m < M; ++m) {
     const S* from = src + m * sm;

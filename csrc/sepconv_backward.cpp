@@ -273,7 +273,7 @@ void pointwise_weight_gradient(Tensor dy, Tensor d, Tensor dw) {
   g.parts = std::clamp<int64_t>(parts_of(kTasks / 2, kinds), 1, parts_of(g.pixels, 32));
   g.part = up_to(parts_of(g.pixels, g.parts), 32);
   g.parts = parts_of(g.pixels, g.part);
-  g.slice = std::min<int64_t>(g.part < 1024 ? 128 : 256, g.part);
+  g.slice = std::min<int64_t>(256, g.part);
   g.dy = dy.const_data_ptr(), g.d = d.const_data_ptr(), g.dw = dw.mutable_data_ptr();
   Buffer partial(g.parts * g.outputs * g.row * 4);
   g.partial = partial.floats();

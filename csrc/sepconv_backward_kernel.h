@@ -513,8 +513,7 @@ template <class T>
 int64_t pointwise_weight_scratch(const PointwiseWeightGradient& g) {
   using P = Panel<T>;
   return bytes64(g.tile_outputs * slice_row<P>(g.slice) * int64_t(sizeof(P))) +
-         bytes64(packed_elements<P>(g.slice, g.tile_channels) * int64_t(sizeof(P))) +
-         (sizeof(P) == 4 ? g.tile_outputs * kGradientBlocks * kColumns * 4 : 0);
+         packed_elements<P>(g.slice, g.tile_channels) * int64_t(sizeof(P));
 }
 
 template <class T>
@@ -523,8 +522,6 @@ void pointwise_weight_gradient(const PointwiseWeightGradient& g, int64_t begin, 
   P* a = static_cast<P*>(scratch);
   const int64_t lda = slice_row<P>(g.slice);
   P* b = reinterpret_cast<P*>(static_cast<char*>(scratch) + bytes64(g.tile_outputs * lda * int64_t(sizeof(P))));
-  float* sum = reinterpret_cast<float*>(reinterpret_cast<char*>(b) +
-                                        bytes64(packed_elements<P>(g.slice, g.tile_channels) * int64_t(sizeof(P))));
   tiles_begin();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task % g.parts, tile = task / g.parts;
@@ -537,22 +534,7 @@ void pointwise_weight_gradient(const PointwiseWeightGradient& g, int64_t begin, 
       const int64_t K = last - k < g.slice ? last - k : g.slice;
       pack_a<P, T>(static_cast<const T*>(g.dy) + k * g.outputs + o0, 1, g.outputs, M, K, a, lda);
       pack_b<P, T>(static_cast<const T*>(g.d) + k * g.channels + c0, g.channels, 1, K, N, b);
-      const bool first = k == part * g.part;
-      if (sizeof(P) == 2 || first) {
-        gemm<P>(M, blocks_of(N), K, a, lda, b, c, g.row, !first);
-        continue;
-      }
-      // The sum of a slice is added as a whole: one long chain of fp32 additions would lose twice the digits.
-      for (int64_t j = 0; j < blocks_of(N); j += kGradientBlocks) {
-        const int64_t some = blocks_of(N) - j < kGradientBlocks ? blocks_of(N) - j : kGradientBlocks;
-        const int64_t columns = some * kColumns;
-        gemm<P>(M, some, K, a, lda, b + j * block_stride<P>(K), sum, columns, false);
-        for (int64_t m = 0; m < M; ++m) {
-          float* to = c + m * g.row + j * kColumns;
-          for (int64_t n = 0; n < columns; n += kLanes)
-            store<kLanes>(to + n, load<kLanes>(to + n) + load<kLanes>(sum + m * columns + n));
-        }
-      }
+      gemm<P>(M, blocks_of(N), K, a, lda, b, c, g.row, k > part * g.part);
     }
   }
   tiles_end();
