@@ -30,13 +30,14 @@ class Buffer {
 
 const AttentionTable& table(const Tensor& q) {
   const bool narrow = q.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(narrow || q.scalar_type() == ScalarType::Float, "snapgen_cpu::attention: q must be float32 or bfloat16");
+  STD_TORCH_CHECK(narrow || q.scalar_type() == ScalarType::Float,
+                  "snapgen_cpu::attention: q must be float32 or bfloat16");
   return narrow ? kernels().attention_bf16 : kernels().attention_f32;
 }
 
 const void* dense(const Tensor& t, const Tensor& q, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == q.scalar_type() && t.numel() == count, "snapgen_cpu::attention: ",
-                  name, " must be dense, of the dtype of q and of ", count, " elements");
+  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == q.scalar_type() && t.numel() == count,
+                  "snapgen_cpu::attention: ", name, " must be dense, of the dtype of q and of ", count, " elements");
   return t.const_data_ptr();
 }
 const float* floats(const Optional& t, int64_t count, const char* name) {
@@ -99,8 +100,8 @@ struct Plan {
   void prepare() const { run(kernel.prepare, kernel.prepare_scratch, args.batch * args.key_blocks, 2); }
 };
 
-void attention(Tensor q, Tensor k, Tensor v, Optional key_mask, Optional q_weight, Optional k_weight, Optional cos, Optional sin,
-               double scale, double eps, Tensor out, Tensor logsumexp) {
+void attention(Tensor q, Tensor k, Tensor v, Optional key_mask, Optional q_weight, Optional k_weight, Optional cos,
+               Optional sin, double scale, double eps, Tensor out, Tensor logsumexp) {
   Plan plan(q, k, v, key_mask, q_weight, k_weight, cos, sin, scale, eps, false);
   Attention& a = plan.args;
   const int64_t rows = plan.rows(), blocks = (rows + plan.kernel.forward_rows - 1) / plan.kernel.forward_rows;
@@ -127,9 +128,10 @@ void sum_parts(const std::vector<float>& parts, int64_t count, int64_t dim, cons
   }
 }
 
-void attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Optional key_mask, Optional q_weight, Optional k_weight,
-                        Optional cos, Optional sin, double scale, double eps, Tensor out, Tensor logsumexp, Optional dq,
-                        Optional dk, Optional dv, Optional dq_weight, Optional dk_weight) {
+void attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Optional key_mask, Optional q_weight,
+                        Optional k_weight, Optional cos, Optional sin, double scale, double eps, Tensor out,
+                        Tensor logsumexp, Optional dq, Optional dk, Optional dv, Optional dq_weight,
+                        Optional dk_weight) {
   Plan plan(q, k, v, key_mask, q_weight, k_weight, cos, sin, scale, eps, true);
   Attention& a = plan.args;
   const int64_t rows = plan.rows(), size = a.batch * rows * a.dim;
@@ -169,7 +171,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(snapgen_cpu, m) {
       "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
       "Tensor? sin, float scale, float eps, Tensor(a!) out, Tensor(b!) logsumexp) -> ()");
   m.def(
-      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_weight, Tensor? k_weight, "
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_weight, Tensor? "
+      "k_weight, "
       "Tensor? cos, Tensor? sin, float scale, float eps, Tensor out, Tensor logsumexp, Tensor(a!)? dq, Tensor(b!)? dk, "
       "Tensor(c!)? dv, Tensor(d!)? dq_weight, Tensor(e!)? dk_weight) -> ()");
 }

@@ -19,7 +19,8 @@ struct Attention {
   const int64_t* index;   // [batch, keys]: the keys that may be attended come first; null: all, in their order
   const int64_t* counts;  // [batch]: how many
 
-  // Keys and values of every sample as operands, key_block keys at a time, blocks one after the other. B is [depth, columns].
+  // Keys and values of every sample as operands, key_block keys at a time, blocks one after the other. B is [depth,
+  // columns].
   int64_t key_block, key_blocks;
   void* keys_by_dim;    // B [dim, keys]
   void* values_by_dim;  // B [dim, keys] (backward)
@@ -30,17 +31,17 @@ struct Attention {
   void* out;         // o; backward: dq, or null
   float* logsumexp;  // [batch, tokens, heads]
 
-  // Backward only. A chunk is a number of query rows, chosen by the shape alone: sums over queries are made in chunks, and
-  // those added in their order.
+  // Backward only. A chunk is a number of query rows, chosen by the shape alone: sums over queries are made in chunks,
+  // and those added in their order.
   const void* o;
   const void* dout;
   int64_t chunk, chunks;
-  float* key_sums;         // [batch, chunks, dim, key_blocks * key_block], or null where neither dk nor dk_weight is needed
-  float* value_sums;       // the same, or null
-  float* q_weight_sums;    // [batch, chunks, dim], or null
-  float* k_weight_sums;    // [batch, key_blocks, dim], or null
-  void* dk;                // or null
-  void* dv;                // or null
+  float* key_sums;    // [batch, chunks, dim, key_blocks * key_block], or null where neither dk nor dk_weight is needed
+  float* value_sums;  // the same, or null
+  float* q_weight_sums;  // [batch, chunks, dim], or null
+  float* k_weight_sums;  // [batch, key_blocks, dim], or null
+  void* dk;              // or null
+  void* dv;              // or null
 };
 
 // Works on tasks [begin, end) with scratch of the size that the function beside it gives.
@@ -48,9 +49,9 @@ using AttentionTask = void (*)(const Attention&, int64_t begin, int64_t end, voi
 using AttentionBytes = int64_t (*)(const Attention&);
 
 struct AttentionTable {
-  int64_t forward_keys, backward_keys;   // key_block of each pass
-  int64_t forward_rows, backward_rows;   // query rows of a block; a chunk of the backward pass is a multiple
-  AttentionBytes by_dim, by_key;         // bytes of one sample's operand
+  int64_t forward_keys, backward_keys;  // key_block of each pass
+  int64_t forward_rows, backward_rows;  // query rows of a block; a chunk of the backward pass is a multiple
+  AttentionBytes by_dim, by_key;        // bytes of one sample's operand
   AttentionBytes prepare_scratch, forward_scratch, backward_scratch, finish_scratch;
   AttentionTask prepare;   // packs keys and values: tasks are (sample, key block)
   AttentionTask forward;   // tasks are (sample, block of query rows)

@@ -1,7 +1,7 @@
 // Multi-query attention, forward and backward, without the score matrix. Included once per instruction set.
 //
-// A block of query rows meets the keys block by block; scores live in the first caches only. Where the norms of queries and
-// keys bound every score (always, with RMSNorm and weights near one), the exponentials need no running maximum.
+// A block of query rows meets the keys block by block; scores live in the first caches only. Where the norms of queries
+// and keys bound every score (always, with RMSNorm and weights near one), the exponentials need no running maximum.
 
 template <class T>
 struct AttentionSizes {
@@ -10,56 +10,57 @@ struct AttentionSizes {
 #else
   static constexpr int64_t rows = (VECTOR_BYTES == 64 ? 2 : 4) * kTileRows;
 #endif
-  static constexpr int64_t keys = 256;
-  static constexpr int64_t backward_rows = sizeof(Panel<T>) == 2 && kDepth<Panel<T>> > 2 ? 64 : 2 * rows;
-  static constexpr int64_t backward_keys = 64;
+  // Measured on AMX, 14336 rows and 1024 keys: 64 keys 3.9 ms, 128 3.8, 192 4.1, 256 4.6; with 64 rows 4.3 to 4.9.
+  // Scores, keys and values of a block then share the first cache.
+  static constexpr int64_t keys = 128;
+  // Rows x keys: 64 x 64 15.7 ms, 64 x 128 15.4, 128 x 64 14.2, 128 x 128 13.1, 128 x 256 13.6, 256 x 256 13.9.
+  static constexpr int64_t backward_rows = 4 * rows;
+  static constexpr int64_t backward_keys = 128;
 };
 
-// The unit of exponents. For fp32 they are natural ones, s * scale - m, rounded as plain PyTorch rounds them; for bf16 powers
-// of two, which saves the multiplications.
+// The unit of exponents. For fp32 they are natural ones, s * scale - m, rounded as plain PyTorch rounds them; for bf16
+// powers of two, which saves multiplications.
 template <class T>
 constexpr double kUnit = sizeof(T) == 4 ? 1.0 : 1.4426950408889634;
+
+// A score is the product of a key and of a query times `query`, times `score` in kUnit. Rows that are rounded to bf16
+// after a norm or a rotation take the whole scale along; others only its sign, since their elements are exact as they
+// are.
+struct Factors {
+  float query, score;
+};
 template <class T>
-SG_INLINE float exponent_scale(const Attention& a) {
-  return float((a.scale < 0 ? -a.scale : a.scale) * kUnit<T>);  // query panels carry the sign
+SG_INLINE Factors factors_of(const Attention& a) {
+  const double size = a.scale < 0 ? -a.scale : a.scale, sign = a.scale < 0 ? -1 : 1;
+  if (sizeof(T) == 2 && (a.q_weight || a.cos)) return {float(a.scale * kUnit<T>), 1.0f};
+  return {float(sign), float(size * kUnit<T>)};
 }
 
-// 2^(x + n) for |x| <= 1/2 and whole n, with an error of 7.5e-5: a fiftieth of bf16's rounding.
-SG_INLINE Vec<float, kLanes> exp2_reduced(Vec<float, kLanes> x, Vec<float, kLanes> n) {
-  auto p = x * 0.0551716691f + 0.242611122f;
-  p = p * x + 0.693260985f;
-  p = p * x + 0.999928074f;
+// 2^x, with an error of 7.5e-5: a fiftieth of bf16's rounding. NaN stays NaN.
+SG_INLINE Vec<float, kLanes> exp2_of(Vec<float, kLanes> x) {
 #if VECTOR_BYTES == 64
-  return (Vec<float, kLanes>)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+  const auto r = (Vec<float, kLanes>)_mm512_maskz_reduce_ps(0xffff, (__m512)x, 1);  // x - floor(x)
+  auto p = r * 0.0780245226f + 0.226067155f;
+  p = p * r + 0.69583354f;
+  p = p * r + 0.999925219f;
+  return (Vec<float, kLanes>)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)x);  // p 2^floor(x)
 #else
-  const auto exponent = (__builtin_convertvector(n, Vec<int32_t, kLanes>) + 127) << 23;
-  return p * (Vec<float, kLanes>)exponent;
+  x = x < -126.0f ? splat<float, kLanes>(-126.0f) : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const auto t = x + magic, r = x - (t - magic);
+  auto p = r * 0.0551716691f + 0.242611122f;
+  p = p * r + 0.693260985f;
+  p = p * r + 0.999928074f;
+  return p * (Vec<float, kLanes>)(((Vec<int32_t, kLanes>)t - 0x4b400000 + 127) << 23);
 #endif
 }
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-
-// exp((s * c - m) / kUnit) for any s; NaN stays NaN.
+// e^(x / kUnit)
 template <class T>
-SG_INLINE Vec<float, kLanes> power(Vec<float, kLanes> s, float c, float m) {
-  auto x = s * c - m;
-  if constexpr (sizeof(T) == 4) {
+SG_INLINE Vec<float, kLanes> power(Vec<float, kLanes> x) {
+  if constexpr (sizeof(T) == 4)
     return exp_of<kLanes>(x);
-  } else {
-#if VECTOR_BYTES == 64
-    x = (Vec<float, kLanes>)_mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-126.0f), (__m512)x);  // of a NaN: the second operand
-#else
-    x = x < -126.0f ? splat<float, kLanes>(-126.0f) : x;
-#endif
-    const auto n = (x + kRounder) - kRounder;
-    return exp2_reduced(x - n, n);
-  }
-}
-// exp(s * c / kUnit) where |s * c| is bounded
-template <class T>
-SG_INLINE Vec<float, kLanes> power_bounded(Vec<float, kLanes> s, float c) {
-  if constexpr (sizeof(T) == 4) return exp_of<kLanes>(s * c);
-  const auto n = (s * c + kRounder) - kRounder;
-  return exp2_reduced(s * c - n, n);
+  else
+    return exp2_of(x);
 }
 
 SG_INLINE Vec<float, kLanes> first_lanes(Vec<float, kLanes> v, int64_t count, float other) {
@@ -72,7 +73,8 @@ SG_INLINE Vec<float, kLanes> first_lanes(Vec<float, kLanes> v, int64_t count, fl
 SG_INLINE void store_two(float* out, Vec<float, kLanes> a, Vec<float, kLanes> b) {
   store<kLanes>(out, a), store<kLanes>(out + kLanes, b);
 }
-// Rows k and k + 1 of kLanes columns of a packed B; `out` is where row k (even) begins. And the rows themselves, into panels.
+// Rows k and k + 1 of kLanes columns of a packed B; `out` is where row k (even) begins. And the rows themselves, into
+// panels.
 SG_INLINE void store_rows(float* packed, float* row, int64_t stride, Vec<float, kLanes> a, Vec<float, kLanes> b) {
   if (packed) store<kLanes>(packed, a), store<kLanes>(packed + kColumns, b);
   if (row) store<kLanes>(row, a), store<kLanes>(row + stride, b);
@@ -95,13 +97,14 @@ SG_INLINE void store_rows(bf16* packed, bf16* row, int64_t stride, Vec<float, kL
 }
 #endif
 
-// A query or key row, normalised and rotated where asked, times `sign`, as a row of a panel; returns its sum of squares.
+// A query or key row, normalised and rotated where asked, times `factor`, as a row of a panel; returns its sum of
+// squares.
 template <class T>
-float operand_row(const T* x, Panel<T>* out, const float* weight, const float* cos, const float* sin, float eps, float sign,
-                  int64_t dim) {
-#define SG_ROW(kNorm, kRope)                                                                       \
-  (dim == 64 ? norm_rope_row<kNorm, kRope>(x, out, weight, cos, sin, eps, sign, 64) \
-             : norm_rope_row<kNorm, kRope>(x, out, weight, cos, sin, eps, sign, dim))
+float operand_row(const T* x, Panel<T>* out, const float* weight, const float* cos, const float* sin, float eps,
+                  float factor, int64_t dim) {
+#define SG_ROW(kNorm, kRope)                                                          \
+  (dim == 64 ? norm_rope_row<kNorm, kRope>(x, out, weight, cos, sin, eps, factor, 64) \
+             : norm_rope_row<kNorm, kRope>(x, out, weight, cos, sin, eps, factor, dim))
   if (weight) return cos ? SG_ROW(true, true) : SG_ROW(true, false);
   return cos ? SG_ROW(false, true) : SG_ROW(false, false);
 #undef SG_ROW
@@ -110,8 +113,10 @@ template <class T>
 void gradient_row(const T* x, const float* dy, T* dx, float* dweight, const float* weight, const float* cos,
                   const float* sin, float eps, int64_t dim) {
 #define SG_ROW(kNorm, kRope) norm_rope_row_backward<kNorm, kRope>(x, dy, dx, dweight, weight, cos, sin, eps, dim)
-  if (weight) cos ? SG_ROW(true, true) : SG_ROW(true, false);
-  else cos ? SG_ROW(false, true) : SG_ROW(false, false);
+  if (weight)
+    cos ? SG_ROW(true, true) : SG_ROW(true, false);
+  else
+    cos ? SG_ROW(false, true) : SG_ROW(false, false);
 #undef SG_ROW
 }
 
@@ -121,7 +126,7 @@ struct Arena {
   int64_t used;
   template <class A>
   A* take(int64_t count) {
-    A* p = reinterpret_cast<A*>(base + used);
+    A* p = reinterpret_cast<A*>(reinterpret_cast<uintptr_t>(base) + uintptr_t(used));
     used += (count * int64_t(sizeof(A)) + 63) / 64 * 64;
     return p;
   }
@@ -144,7 +149,7 @@ int64_t attention_by_key(const Attention& a) {
   return a.key_blocks * by_key_elements<Panel<T>>(a) * int64_t(sizeof(Panel<T>));
 }
 
-// ---- keys and values as operands --------------------------------------------------------------------------------------
+// ---- keys and values as operands --------------------------------------------------------------------------------
 
 template <class T>
 struct PrepareScratch {
@@ -188,20 +193,25 @@ void attention_prepare(const Attention& a, int64_t begin, int64_t end, void* scr
   }
 }
 
-// ---- forward ----------------------------------------------------------------------------------------------------------
+// ---- forward ----------------------------------------------------------------------------------------------------
 
 // Scores up to this need no maximum: e^30 times thousands of keys times any sane value is far inside fp32.
 constexpr float kBoundedScore = 30.0f;
 
-// Scores of a row -> weights in place (a bf16 panel takes the first half of the row); columns from n on become zero.
-template <class T, bool kBounded>
-SG_INLINE void weigh(float* row, float c, float m, int64_t n, Vec<float, kLanes>& sum) {
-  using P = Panel<T>;
-  P* out = reinterpret_cast<P*>(row);
+// Scores of a row -> weights (in place too, where a bf16 panel takes the first half of the row); up to a whole number
+// of blocks, columns from n on become zero.
+enum class Scores { ready, bounded, any };  // exponents as they are; times c; times c less the largest yet
+
+template <class T, Scores kScores>
+SG_INLINE void weigh(const float* row, Panel<T>* out, float c, float m, int64_t n, Vec<float, kLanes>& sum) {
   const auto weight = [&](int64_t j) __attribute__((always_inline)) {
     const auto s = load<kLanes>(row + j);
-    if constexpr (kBounded) return power_bounded<T>(s, c);
-    else return power<T>(s, c, m);
+    if constexpr (kScores == Scores::ready)
+      return power<T>(s);
+    else if constexpr (kScores == Scores::bounded)
+      return power<T>(s * c);
+    else
+      return power<T>(s * c - m);
   };
   int64_t j = 0;
   for (; j + kColumns <= n; j += kColumns) {
@@ -250,13 +260,14 @@ struct ForwardScratch {
 
 // Query rows [first, first + count) of a sample as a panel; the rest of the block is zero. Returns the largest |q|^2.
 template <class T>
-float query_panel(const Attention& a, int64_t sample, int64_t first, int64_t count, int64_t rows, Panel<T>* out, int64_t lda) {
+float query_panel(const Attention& a, int64_t sample, int64_t first, int64_t count, int64_t rows, Panel<T>* out,
+                  int64_t lda) {
   const T* q = static_cast<const T*>(a.q) + (sample * a.tokens * a.heads + first) * a.dim;
   float most = 0;
   for (int64_t r = 0; r < count; ++r) {
     const int64_t token = (first + r) / a.heads * a.dim;
     const float squares = operand_row<T>(q + r * a.dim, out + r * lda, a.q_weight, a.cos ? a.cos + token : nullptr,
-                                         a.cos ? a.sin + token : nullptr, a.eps, a.scale < 0 ? -1.0f : 1.0f, a.dim);
+                                         a.cos ? a.sin + token : nullptr, a.eps, factors_of<T>(a).query, a.dim);
     most = squares > most || squares != squares ? squares : most;
     if (lda > a.dim) __builtin_memset(out + r * lda + a.dim, 0, size_t(lda - a.dim) * sizeof(Panel<T>));
   }
@@ -265,16 +276,54 @@ float query_panel(const Attention& a, int64_t sample, int64_t first, int64_t cou
 }
 
 // True where no score can exceed kBoundedScore, by Cauchy and Schwarz; one hundredth is for the rounding to bf16.
+template <class T>
 SG_INLINE bool scores_bounded(const Attention& a, int64_t sample, float q_squares) {
   float most = 0;
   for (int64_t b = 0; b < a.key_blocks; ++b) {
     const float squares = a.squares[sample * a.key_blocks + b];
     most = squares > most || squares != squares ? squares : most;
   }
-  return __builtin_sqrtf(q_squares) * __builtin_sqrtf(most) * float(a.scale < 0 ? -a.scale : a.scale) * 1.01f <= kBoundedScore;
+  return __builtin_sqrtf(q_squares) * __builtin_sqrtf(most) * factors_of<T>(a).score * 1.01f <=
+         kBoundedScore * float(kUnit<T>);
 }
 
-template <class T, bool kBounded>
+// C[rows, blocks * kColumns] = A[rows, dim] B with a panel of queries or their gradients: as gemm, but on AMX 32 rows
+// of up to 64 dimensions stay in four tiles while the keys pass by.
+template <class P>
+SG_INLINE void scores_of(int64_t rows, int64_t blocks, int64_t dim, const P* A, int64_t lda, const P* B, float* C,
+                         int64_t ldc) {
+#if SG_AMX
+  if constexpr (sizeof(P) == 2)
+    if (lda == 64 && rows % 32 == 0) {
+      asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler what memory they read
+      for (int64_t m = 0; m < rows; m += 32) {
+        const P* a = A + m * 64;
+        _tile_loadd(2, a, 128);
+        _tile_loadd(3, a + 32, 128);
+        _tile_loadd(4, a + 16 * 64, 128);
+        _tile_loadd(5, a + 16 * 64 + 32, 128);
+        for (int64_t j = 0; j < 2 * blocks; ++j) {
+          const P* b = B + j / 2 * (64 * kColumns) + j % 2 * 32;
+          float* c = C + m * ldc + j * 16;
+          _tile_loadd(6, b, kColumns * 4);
+          _tile_loadd(7, b + 32 * kColumns, kColumns * 4);
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_dpbf16ps(0, 2, 6);
+          _tile_dpbf16ps(1, 4, 6);
+          _tile_dpbf16ps(0, 3, 7);
+          _tile_dpbf16ps(1, 5, 7);
+          _tile_stored(0, c, ldc * 4);
+          _tile_stored(1, c + 16 * ldc, ldc * 4);
+        }
+      }
+      return;
+    }
+#endif
+  gemm<P>(rows, blocks, dim, A, lda, B, C, ldc, false);
+}
+
+template <class T, Scores kScores>
 SG_INLINE void attend(const Attention& a, const ForwardScratch<T>& s, int64_t sample, int64_t count, float c) {
   using P = Panel<T>;
   constexpr int64_t R = ForwardScratch<T>::rows, kP = sizeof(float) / sizeof(P);
@@ -284,21 +333,22 @@ SG_INLINE void attend(const Attention& a, const ForwardScratch<T>& s, int64_t sa
     const int64_t at = sample * a.key_blocks + first / a.key_block;
     const P* k = static_cast<const P*>(a.keys_by_dim) + at * by_dim_elements<P>(a);
     const P* v = static_cast<const P*>(a.values_by_key) + at * by_key_elements<P>(a);
-    gemm<P>(R, blocks_of(n), a.dim, s.q, s.lda, k, s.scores, a.key_block, false);
+    scores_of<P>(R, blocks_of(n), a.dim, s.q, s.lda, k, s.scores, a.key_block);
     for (int64_t r = 0; r < count; ++r) {
       float* row = s.scores + r * a.key_block;
       auto sum = load<kLanes>(s.sums + r * kLanes);
-      if constexpr (!kBounded) {
+      if constexpr (kScores == Scores::any) {
         const float before = s.most[r], now = largest(row, n, before);
         if (now != before && first > 0) {
-          const float shrink = power<T>(splat<float, kLanes>(before), c, now * c)[0];
+          const float shrink = power<T>(splat<float, kLanes>(before) * c - now * c)[0];
           sum *= shrink;
-          for (int64_t d = 0; d < s.ldo; d += kLanes) store<kLanes>(s.o + r * s.ldo + d, load<kLanes>(s.o + r * s.ldo + d) * shrink);
+          for (int64_t d = 0; d < s.ldo; d += kLanes)
+            store<kLanes>(s.o + r * s.ldo + d, load<kLanes>(s.o + r * s.ldo + d) * shrink);
         }
         s.most[r] = now;
-        weigh<T, false>(row, c, now * c, n, sum);
+        weigh<T, kScores>(row, reinterpret_cast<P*>(row), c, now * c, n, sum);
       } else {
-        weigh<T, true>(row, c, 0, n, sum);
+        weigh<T, kScores>(row, reinterpret_cast<P*>(row), c, 0, n, sum);
       }
       store<kLanes>(s.sums + r * kLanes, sum);
     }
@@ -311,7 +361,7 @@ void attention_forward(const Attention& a, int64_t begin, int64_t end, void* scr
   constexpr int64_t R = ForwardScratch<T>::rows;
   const ForwardScratch<T> s(a, scratch);
   const int64_t rows = a.tokens * a.heads, blocks = (rows + R - 1) / R, D = a.dim;
-  const float c = exponent_scale<T>(a);
+  const float c = factors_of<T>(a).score;
   tiles_begin();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t sample = task / blocks, first = task % blocks * R, count = rows - first < R ? rows - first : R;
@@ -322,11 +372,15 @@ void attention_forward(const Attention& a, int64_t begin, int64_t end, void* scr
       for (int64_t r = 0; r < count; ++r) logsumexp[r] = -__builtin_inff();
       continue;
     }
-    const bool bounded = scores_bounded(a, sample, query_panel<T>(a, sample, first, count, R, s.q, s.lda));
+    const bool bounded = scores_bounded<T>(a, sample, query_panel<T>(a, sample, first, count, R, s.q, s.lda));
     for (int64_t i = 0; i < R * kLanes; ++i) s.sums[i] = 0;
     for (int64_t r = 0; r < R; ++r) s.most[r] = bounded ? 0 : -__builtin_inff();
-    if (bounded) attend<T, true>(a, s, sample, count, c);
-    else attend<T, false>(a, s, sample, count, c);
+    if (bounded && sizeof(T) == 2 && c == 1.0f)
+      attend<T, Scores::ready>(a, s, sample, count, c);
+    else if (bounded)
+      attend<T, Scores::bounded>(a, s, sample, count, c);
+    else
+      attend<T, Scores::any>(a, s, sample, count, c);
     for (int64_t r = 0; r < count; ++r) {
       const float sum = tree_sum<kLanes>(load<kLanes>(s.sums + r * kLanes)), inverse = 1.0f / sum;
       const float* o = s.o + r * s.ldo;
@@ -340,19 +394,19 @@ void attention_forward(const Attention& a, int64_t begin, int64_t end, void* scr
   tiles_end();
 }
 
-// ---- backward ---------------------------------------------------------------------------------------------------------
+// ---- backward ---------------------------------------------------------------------------------------------------
 //
-// With p = softmax, delta = sum(do o): dp = do v^T, ds = p (dp - delta), dq = scale ds k, dk = scale ds^T q, dv = p^T do.
-// The last two are made transposed, [dim, keys], so that p and ds are the packed operand of their products.
+// With p = softmax, delta = sum(do o): dp = do v^T, ds = p (dp - delta), dq = scale ds k, dk = scale ds^T q, dv = p^T
+// do. The last two are made transposed, [dim, keys], so that p and ds are the packed operand of their products.
 
 template <class T>
 struct BackwardScratch {
   static constexpr int64_t rows = AttentionSizes<T>::backward_rows;
   Panel<T>*q, *dout, *q_by_dim, *dout_by_dim;  // [rows, dim], and transposed
-  float *scores, *dp;                         // [rows, key_block]
-  Panel<T>*p_packed, *ds_packed, *ds;         // B [rows, key_block] twice; the panel [rows, key_block]
-  float *dq, *delta, *logsumexp;              // of these, logsumexp in kUnit
-  float* part;                                // [dim, key_block]
+  float *scores, *dp;                          // [rows, key_block]
+  Panel<T>*p_packed, *ds_packed, *ds;          // B [rows, key_block] twice; the panel [rows, key_block]
+  float *dq, *delta, *logsumexp;               // of these, logsumexp in kUnit
+  float* part;                                 // [dim, key_block]
   int64_t lda, ldo;
   Arena arena;
   BackwardScratch(const Attention& a, void* base) : arena{static_cast<char*>(base), 0} {
@@ -381,7 +435,7 @@ SG_INLINE void differentiate(const Attention& a, const BackwardScratch<T>& s, in
     const float *s0 = s.scores + r * a.key_block, *s1 = s0 + a.key_block;
     const float *g0 = s.dp + r * a.key_block, *g1 = g0 + a.key_block;
     for (int64_t j = 0; j < n; j += kLanes) {
-      auto p0 = power<T>(load<kLanes>(s0 + j), c, l0), p1 = power<T>(load<kLanes>(s1 + j), c, l1);
+      auto p0 = power<T>(load<kLanes>(s0 + j) * c - l0), p1 = power<T>(load<kLanes>(s1 + j) * c - l1);
       auto ds0 = p0 * (load<kLanes>(g0 + j) - d0), ds1 = p1 * (load<kLanes>(g1 + j) - d1);
       if (j + kLanes > n) {
         p0 = first_lanes(p0, n - j, 0), p1 = first_lanes(p1, n - j, 0);
@@ -389,23 +443,27 @@ SG_INLINE void differentiate(const Attention& a, const BackwardScratch<T>& s, in
       }
       const int64_t at = j / kColumns * block_stride<P>(R) + (r / step * kColumns + j % kColumns) * step;
       store_rows(values ? s.p_packed + at : nullptr, static_cast<P*>(nullptr), 0, p0, p1);
-      store_rows(keys ? s.ds_packed + at : nullptr, queries ? s.ds + r * a.key_block + j : nullptr, a.key_block, ds0, ds1);
+      store_rows(keys ? s.ds_packed + at : nullptr, queries ? s.ds + r * a.key_block + j : nullptr, a.key_block, ds0,
+                 ds1);
     }
     // The depth of ds k is padded: what lies there meets zeros, but must be a number.
     for (int64_t j = (n + kLanes - 1) / kLanes * kLanes; j < blocks_of(n) * kColumns; j += kLanes)
-      store_rows(static_cast<P*>(nullptr), s.ds + r * a.key_block + j, a.key_block, Vec<float, kLanes>{}, Vec<float, kLanes>{});
+      store_rows(static_cast<P*>(nullptr), s.ds + r * a.key_block + j, a.key_block, Vec<float, kLanes>{},
+                 Vec<float, kLanes>{});
   }
 }
 
-// C += A B. In fp32 the product is made apart and then added: one sum over a thousand rows would lose a bit to plain PyTorch.
+// C += A B. In fp32 the product is made apart and then added: one sum over a thousand rows would lose a bit to plain
+// PyTorch.
 template <class T>
-SG_INLINE void add_product(int64_t M, int64_t blocks, int64_t K, const Panel<T>* A, const Panel<T>* B, float* part, float* C,
-                           int64_t ldc, bool accumulate) {
+SG_INLINE void add_product(int64_t M, int64_t blocks, int64_t K, const Panel<T>* A, const Panel<T>* B, float* part,
+                           float* C, int64_t ldc, bool accumulate) {
   if (sizeof(T) == 2 || !accumulate) return gemm<Panel<T>>(M, blocks, K, A, K, B, C, ldc, accumulate);
   const int64_t n = blocks * kColumns;
   gemm<Panel<T>>(M, blocks, K, A, K, B, part, n, false);
   for (int64_t m = 0; m < M; ++m)
-    for (int64_t j = 0; j < n; j += kLanes) store<kLanes>(C + m * ldc + j, load<kLanes>(C + m * ldc + j) + load<kLanes>(part + m * n + j));
+    for (int64_t j = 0; j < n; j += kLanes)
+      store<kLanes>(C + m * ldc + j, load<kLanes>(C + m * ldc + j) + load<kLanes>(part + m * n + j));
 }
 
 template <class T>
@@ -414,7 +472,7 @@ void attention_backward(const Attention& a, int64_t begin, int64_t end, void* sc
   constexpr int64_t R = BackwardScratch<T>::rows;
   const BackwardScratch<T> s(a, scratch);
   const int64_t rows = a.tokens * a.heads, D = a.dim, ldk = a.key_blocks * a.key_block;
-  const float c = exponent_scale<T>(a);
+  const float c = factors_of<T>(a).score;
   tiles_begin();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t sample = task / a.chunks, start = task % a.chunks * a.chunk;
@@ -452,23 +510,26 @@ void attention_backward(const Attention& a, int64_t begin, int64_t end, void* sc
         const int64_t n = keys - key < a.key_block ? keys - key : a.key_block, blocks = blocks_of(n);
         const int64_t at = sample * a.key_blocks + key / a.key_block;
         const int64_t by_dim = at * by_dim_elements<P>(a), by_key = at * by_key_elements<P>(a);
-        gemm<P>(R, blocks, D, s.q, s.lda, static_cast<const P*>(a.keys_by_dim) + by_dim, s.scores, a.key_block, false);
-        gemm<P>(R, blocks, D, s.dout, s.lda, static_cast<const P*>(a.values_by_dim) + by_dim, s.dp, a.key_block, false);
+        scores_of<P>(R, blocks, D, s.q, s.lda, static_cast<const P*>(a.keys_by_dim) + by_dim, s.scores, a.key_block);
+        scores_of<P>(R, blocks, D, s.dout, s.lda, static_cast<const P*>(a.values_by_dim) + by_dim, s.dp, a.key_block);
         differentiate<T>(a, s, n, c);
         if (a.value_sums)
-          add_product<T>(D, blocks, R, s.dout_by_dim, s.p_packed, s.part, a.value_sums + task * D * ldk + key, ldk, first > start);
+          add_product<T>(D, blocks, R, s.dout_by_dim, s.p_packed, s.part, a.value_sums + task * D * ldk + key, ldk,
+                         first > start);
         if (a.key_sums)
-          add_product<T>(D, blocks, R, s.q_by_dim, s.ds_packed, s.part, a.key_sums + task * D * ldk + key, ldk, first > start);
+          add_product<T>(D, blocks, R, s.q_by_dim, s.ds_packed, s.part, a.key_sums + task * D * ldk + key, ldk,
+                         first > start);
         if (dq || dweight)
-          gemm<P>(R, blocks_of(D), n, s.ds, a.key_block, static_cast<const P*>(a.keys_by_key) + by_key, s.dq, s.ldo, key > 0);
+          gemm<P>(R, blocks_of(D), n, s.ds, a.key_block, static_cast<const P*>(a.keys_by_key) + by_key, s.dq, s.ldo,
+                  key > 0);
       }
       if (!dq && !dweight) continue;
       for (int64_t r = 0; r < count; ++r) {
         const int64_t row = first + r, token = row / a.heads * D;
         float* g = s.dq + r * s.ldo;
         for (int64_t d = 0; d < s.ldo; d += kLanes) store<kLanes>(g + d, load<kLanes>(g + d) * float(a.scale));
-        gradient_row<T>(q + row * D, g, dq ? dq + row * D : nullptr, dweight, a.q_weight, a.cos ? a.cos + token : nullptr,
-                        a.cos ? a.sin + token : nullptr, a.eps, D);
+        gradient_row<T>(q + row * D, g, dq ? dq + row * D : nullptr, dweight, a.q_weight,
+                        a.cos ? a.cos + token : nullptr, a.cos ? a.sin + token : nullptr, a.eps, D);
       }
     }
   }
@@ -486,7 +547,8 @@ struct FinishScratch {
 
 // The chunks' sums of n keys from `key` on, added in their order, as rows.
 template <class T>
-void add_chunks(const Attention& a, const float* parts, int64_t sample, int64_t key, int64_t n, const FinishScratch<T>& s) {
+void add_chunks(const Attention& a, const float* parts, int64_t sample, int64_t key, int64_t n,
+                const FinishScratch<T>& s) {
   const int64_t ldk = a.key_blocks * a.key_block, D = a.dim, wide_n = (n + kLanes - 1) / kLanes * kLanes;
   if (!a.chunks) __builtin_memset(s.sums, 0, size_t(D * a.key_block) * sizeof(float));
   for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
@@ -511,7 +573,9 @@ void attention_finish(const Attention& a, int64_t begin, int64_t end, void* scra
     if (dweight)
       for (int64_t d = 0; d < D; ++d) dweight[d] = 0;
     if (n <= 0) continue;
-    const auto key_of = [&](int64_t j) { return sample * a.keys + (a.index ? a.index[sample * a.keys + first + j] : first + j); };
+    const auto key_of = [&](int64_t j) {
+      return sample * a.keys + (a.index ? a.index[sample * a.keys + first + j] : first + j);
+    };
     if (a.value_sums && a.dv) {
       add_chunks<T>(a, a.value_sums, sample, first, n, s);
       for (int64_t j = 0; j < n; ++j) {
@@ -523,12 +587,14 @@ void attention_finish(const Attention& a, int64_t begin, int64_t end, void* scra
     }
     if (!a.key_sums) continue;
     add_chunks<T>(a, a.key_sums, sample, first, n, s);
-    const float scale = float(a.scale < 0 ? -a.scale : a.scale);  // the queries carried its sign
+    const float scale =
+        a.scale == 0 ? 0.0f : float(a.scale / factors_of<T>(a).query);  // of it the queries had their part
     for (int64_t i = 0; i < n * D; ++i) s.rows[i] *= scale;
     for (int64_t j = 0; j < n; ++j) {
       const int64_t row = key_of(j), token = (row - sample * a.keys) * D;
-      gradient_row<T>(static_cast<const T*>(a.k) + row * D, s.rows + j * D, a.dk ? static_cast<T*>(a.dk) + row * D : nullptr,
-                      dweight, a.k_weight, a.cos ? a.cos + token : nullptr, a.cos ? a.sin + token : nullptr, a.eps, D);
+      gradient_row<T>(static_cast<const T*>(a.k) + row * D, s.rows + j * D,
+                      a.dk ? static_cast<T*>(a.dk) + row * D : nullptr, dweight, a.k_weight,
+                      a.cos ? a.cos + token : nullptr, a.cos ? a.sin + token : nullptr, a.eps, D);
     }
   }
 }

@@ -18,7 +18,8 @@ using torch::stable::Tensor;
 
 const NormRopeTable& table(const Tensor& x) {
   const bool narrow = x.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(narrow || x.scalar_type() == ScalarType::Float, "snapgen_cpu::norm_rope: x must be float32 or bfloat16");
+  STD_TORCH_CHECK(narrow || x.scalar_type() == ScalarType::Float,
+                  "snapgen_cpu::norm_rope: x must be float32 or bfloat16");
   return narrow ? kernels().norm_rope_bf16 : kernels().norm_rope_f32;
 }
 
@@ -39,7 +40,8 @@ NormRope plan(const Tensor& x, const std::optional<Tensor>& weight, const std::o
   a.dim = x.size(x.dim() - 1);
   a.rows = a.dim ? x.numel() / a.dim : 0;
   a.heads = std::max<int64_t>(heads, 1), a.tokens = std::max<int64_t>(tokens, 1);
-  STD_TORCH_CHECK(a.rows % (a.heads * a.tokens) == 0, "snapgen_cpu::norm_rope: heads and tokens must divide the rows of x");
+  STD_TORCH_CHECK(a.rows % (a.heads * a.tokens) == 0,
+                  "snapgen_cpu::norm_rope: heads and tokens must divide the rows of x");
   a.chunk = kChunkRows;
   a.eps = float(eps);
   a.weight = floats(weight, a.dim, "weight");
@@ -51,8 +53,8 @@ NormRope plan(const Tensor& x, const std::optional<Tensor>& weight, const std::o
 
 int64_t chunks_of(const NormRope& a) { return (a.rows + a.chunk - 1) / a.chunk; }
 
-void norm_rope(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> cos, std::optional<Tensor> sin, int64_t heads,
-               int64_t tokens, double eps, Tensor out) {
+void norm_rope(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> cos, std::optional<Tensor> sin,
+               int64_t heads, int64_t tokens, double eps, Tensor out) {
   NormRope a = plan(x, weight, cos, sin, heads, tokens, eps);
   STD_TORCH_CHECK(out.is_contiguous() && out.numel() == x.numel() && out.scalar_type() == x.scalar_type(),
                   "snapgen_cpu::norm_rope: out must be dense and like x");

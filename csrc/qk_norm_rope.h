@@ -5,8 +5,8 @@
 
 namespace snapgen {
 
-// Rows of `dim` elements, dense; row i belongs to token (i / heads) % tokens. A chunk is a fixed number of rows, chosen by
-// the shape alone, so that sums are added in the same order whatever the number of threads.
+// Rows of `dim` elements, dense; row i belongs to token (i / heads) % tokens. A chunk is a fixed number of rows, chosen
+// by the shape alone, so that sums are added in the same order whatever the number of threads.
 struct NormRope {
   int64_t rows, heads, tokens, dim, chunk;
   float eps;

@@ -32,21 +32,21 @@ SG_INLINE float tree_sum(Vec<float, N> v) {
 }
 
 // Runs body(c, lanes) over [0, dim): whole vectors, then pairs; an odd last element alone (never with a rotation).
-#define SG_OVER_PAIRS(dim, ...)                          \
-  {                                                      \
-    int64_t c = 0;                                       \
-    for (; c + kRowLanes <= (dim); c += kRowLanes) {     \
-      constexpr int N = kRowLanes;                       \
-      __VA_ARGS__                                        \
-    }                                                    \
-    for (; c + 2 <= (dim); c += 2) {                     \
-      constexpr int N = 2;                               \
-      __VA_ARGS__                                        \
-    }                                                    \
-    for (; c < (dim); ++c) {                             \
-      constexpr int N = 1;                               \
-      __VA_ARGS__                                        \
-    }                                                    \
+#define SG_OVER_PAIRS(dim, ...)                      \
+  {                                                  \
+    int64_t c = 0;                                   \
+    for (; c + kRowLanes <= (dim); c += kRowLanes) { \
+      constexpr int N = kRowLanes;                   \
+      __VA_ARGS__                                    \
+    }                                                \
+    for (; c + 2 <= (dim); c += 2) {                 \
+      constexpr int N = 2;                           \
+      __VA_ARGS__                                    \
+    }                                                \
+    for (; c < (dim); ++c) {                         \
+      constexpr int N = 1;                           \
+      __VA_ARGS__                                    \
+    }                                                \
   }
 constexpr int kRowLanes = Accumulate<float>::lanes;
 
@@ -57,8 +57,10 @@ SG_INLINE float inverse_rms(const X* x, float eps, int64_t dim) {
   float rest = 0;
   SG_OVER_PAIRS(dim, {
     const auto v = load<N>(x + c);
-    if constexpr (N == kRowLanes) wide += v * v;
-    else rest += tree_sum<N>(v * v);
+    if constexpr (N == kRowLanes)
+      wide += v * v;
+    else
+      rest += tree_sum<N>(v * v);
   })
   return 1.0f / __builtin_sqrtf((tree_sum<kRowLanes>(wide) + rest) / float(dim) + eps);
 }
@@ -76,8 +78,10 @@ SG_INLINE float norm_rope_row(const X* x, O* out, const float* weight, const flo
     if constexpr (kRope && N > 1) n = n * load<N>(cos + c) + turned<N>(n) * load<N>(sin + c);
     n *= scale;
     store<N>(out + c, n);
-    if constexpr (N == kRowLanes) squares += n * n;
-    else rest += tree_sum<N>(n * n);
+    if constexpr (N == kRowLanes)
+      squares += n * n;
+    else
+      rest += tree_sum<N>(n * n);
   })
   return tree_sum<kRowLanes>(squares) + rest;
 }
@@ -102,8 +106,10 @@ SG_INLINE void norm_rope_row_backward(const X* x, const G* dy, O* dx, float* dwe
       const auto g = unturned<N, kRope>(dy + c, cos + c, sin + c), xhat = load<N>(x + c) * r;
       if (dweight) store<N>(dweight + c, load<N>(dweight + c) + g * xhat);
       const auto term = g * load<N>(weight + c) * xhat;
-      if constexpr (N == kRowLanes) wide += term;
-      else rest += tree_sum<N>(term);
+      if constexpr (N == kRowLanes)
+        wide += term;
+      else
+        rest += tree_sum<N>(term);
     })
     mean = (tree_sum<kRowLanes>(wide) + rest) / float(dim);
   }
@@ -132,8 +138,11 @@ void norm_rope_forward(const NormRope& a, int64_t begin, int64_t end) {
   const int64_t first = begin * a.chunk, last = end * a.chunk < a.rows ? end * a.chunk : a.rows;
   const T* x = static_cast<const T*>(a.x);
   T* out = static_cast<T*>(a.out);
-  if (a.weight) a.cos ? norm_rope_chunk<true, true>(a, first, last, x, out) : norm_rope_chunk<true, false>(a, first, last, x, out);
-  else a.cos ? norm_rope_chunk<false, true>(a, first, last, x, out) : norm_rope_chunk<false, false>(a, first, last, x, out);
+  if (a.weight)
+    a.cos ? norm_rope_chunk<true, true>(a, first, last, x, out) : norm_rope_chunk<true, false>(a, first, last, x, out);
+  else
+    a.cos ? norm_rope_chunk<false, true>(a, first, last, x, out)
+          : norm_rope_chunk<false, false>(a, first, last, x, out);
 }
 
 template <bool kNorm, bool kRope, class T>

@@ -13,6 +13,7 @@ import snapgen_kernels
 from snapgen_kernels import checks
 from snapgen_kernels._backend import extension
 from snapgen_kernels.attention import _composed, _reference_with_statistics, attention, reference
+from snapgen_kernels.qk_norm_rope import reference as qk_norm_rope_reference
 from snapgen_kernels.qk_norm_rope import rope_2d
 from snapgen_kernels.testing import LAYOUTS, Case, small_cases
 
@@ -99,13 +100,19 @@ def _inputs(dtype: torch.dtype = torch.float32, keys: int = 70, tokens: int = 9)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("scale", [1e-3, 40.0, -0.25, -40.0, 1000.0])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 40.0, -0.25, -40.0, 1000.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scales_of_any_size_and_sign(scale: float, dtype: torch.dtype) -> None:
+def test_scales_of_any_size_and_sign(scale: float, dtype: torch.dtype, normed: bool) -> None:
     """Small scores take the path without a running maximum, large ones the other; both run over several key blocks."""
     q, k, v = _inputs(dtype, keys=600, tokens=90)
-    exact = reference(q.double(), k.double(), v.double(), scale=scale)
-    checks.assert_close("scale", attention(q, k, v, scale=scale), _composed(q, k, v, None, scale), exact)
+    ones = torch.ones(16, dtype=dtype) if normed else None
+    exact = reference(
+        q.double(), k.double(), v.double(), None, *(2 * (None if ones is None else ones.double(),)), scale=scale
+    )
+    normal = (q, k) if ones is None else qk_norm_rope_reference(q, k, ones, ones)
+    mine = attention(q, k, v, scale=scale, q_weight=ones, k_weight=ones)
+    checks.assert_close("scale", mine, _composed(*normal, v, None, scale), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
