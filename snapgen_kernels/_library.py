@@ -233,6 +233,7 @@ def _register_autograd(op: Op, split: Callable[[Sequence[Any]], tuple[list[Tenso
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         keep(ctx, (*inputs, *op.kept(_as_tuple(output))))
         ctx.mark_non_differentiable(*_as_tuple(output)[op.outputs :])
+        ctx.set_materialize_grads(False)  # else zeros are made for every saved output, some as large as an image
         ctx.shapes = [(o.shape, o.dtype, o.device) for o in _as_tuple(output)[: op.outputs]]
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
