@@ -66,6 +66,7 @@ def run(
     rstd = torch.empty_like(mean)
     first = (w.dw1_weight, w.dw1_bias, packed(w.pw1_weight, "b"), w.dw2_weight, w.dw2_bias)
     h = _image(x, middle, rows)
+    _cpu.huge_pages(h)
     moments = x.new_empty((tasks, num_groups, 2), dtype=torch.float64)
     parts = _parts(tasks, progress)
     for index, (begin, end) in enumerate(parts):

@@ -102,6 +102,7 @@ def forward(
     if y.numel() == 0:
         return y, mean, rstd
     target = y if is_channels_last(y) else torch.empty_like(y, memory_format=torch.channels_last)
+    torch.ops.snapgen_cpu.huge_pages(target)
     half(
         x,
         target,
