@@ -91,29 +91,35 @@ int64_t sepconv_scratch(const Sepconv& s) {
   return SepconvBuffers<T>(s).bytes;
 }
 
-// V vectors to memory; past the caches where `stream` says so.
+// V vectors to memory; past the caches, in whole lines, where `stream` says so.
 template <class T, int N, int V>
 SG_INLINE void emit(T* out, const Vec<float, N>* y, bool stream) {
 #if SG_AVX512
-  if constexpr (N == 16 && V % 2 == 0) {
+  if constexpr (N == 16 && sizeof(T) == 4) {
     if (stream) {
 #pragma GCC unroll 4
-      for (int v = 0; v < V; v += 2) {
-        if constexpr (sizeof(T) == 4) {
-          _mm512_stream_ps(reinterpret_cast<float*>(out + v * N), (__m512)y[v]);
-          _mm512_stream_ps(reinterpret_cast<float*>(out + v * N + N), (__m512)y[v + 1]);
-        } else {
-          T pair[2 * N];
-          store<N>(pair, y[v]), store<N>(pair + N, y[v + 1]);
-          _mm512_stream_si512(reinterpret_cast<__m512i*>(out + v * N), _mm512_loadu_si512(pair));
-        }
-      }
+      for (int v = 0; v < V; ++v) _mm512_stream_ps(reinterpret_cast<float*>(out + v * N), (__m512)y[v]);
       return;
     }
   }
 #endif
+#if SG_BF16
+  if constexpr (N == 16 && sizeof(T) == 2 && V % 2 == 0) {
+    if (stream) {
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) store<N>(out + v * N, y[v]);
+      for (int v = 0; v < V; v += 2)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + v * N),
+                            (__m512i)_mm512_cvtne2ps_pbh((__m512)y[v + 1], (__m512)y[v]));
+      return;
+    }
+  }
+#endif
+  if constexpr (V % 2 == 0) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v += 2) store_pair<N>(out + v * N, y[v], y[v + 1]);
+  } else {
+    store<N>(out, y[0]);
+  }
 }
 
 // What follows the product, for pixels of consecutive memory: V vectors of N channels from `c` on.
