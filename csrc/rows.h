@@ -117,8 +117,8 @@ SG_INLINE void spread_taps(const float* weight, int64_t C, int64_t n, float* out
     for (int64_t c = 0; c < n; ++c) out[t * n + c] = c < C ? weight[c * 9 + t] : 0.0f;
 }
 
-template <int V, int stride, class P>
-SG_INLINE void depthwise_channels(const float* const* rows, int64_t pitch, const float* taps, int64_t n, const float* bias,
+template <int V, int stride, class P, class S>
+SG_INLINE void depthwise_channels(const S* const* rows, int64_t pitch, const float* taps, int64_t n, const float* bias,
                                   int64_t pixels, P* out, int64_t lda) {
   using F = Vec<float, kLanes>;
   F w[9][V], left[V], middle[V];  // sums that begin with the left and with the middle column
@@ -126,7 +126,7 @@ SG_INLINE void depthwise_channels(const float* const* rows, int64_t pitch, const
   for (int t = 0; t < 9; ++t)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) w[t][v] = load<kLanes>(taps + t * n + v * kLanes);
-  const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2];
+  const S *r0 = rows[0], *r1 = rows[1], *r2 = rows[2];
   const auto add = [&](F sum, int v, int column, F a0, F a1, F a2) __attribute__((always_inline)) {
     sum = sum + a0 * w[column][v];
     sum = sum + a1 * w[3 + column][v];
@@ -187,18 +187,19 @@ SG_INLINE void depthwise_channels(const float* const* rows, int64_t pitch, const
 }
 
 // out[p * lda + c] = bias[c] + sum over r, t of taps[(3 r + t) * n + c] * rows[r][(p * stride + t) * pitch + c], for
-// p < pixels and c < n = row_channels(C). bias: n floats, or null. Every vector of a row is loaded once (stride 1).
-template <int stride, class P>
-__attribute__((noinline)) void depthwise_row(const float* const* rows, int64_t pitch, const float* taps, int64_t n, const float* bias, int64_t pixels,
+// p < pixels and c < n = row_channels(C). bias: n floats, or null. Every vector of a row is loaded once (stride 1). S: float, or
+// bf16 for rows of an image that is read as it is.
+template <int stride, class P, class S = float>
+__attribute__((noinline)) void depthwise_row(const S* const* rows, int64_t pitch, const float* taps, int64_t n, const float* bias, int64_t pixels,
                    P* out, int64_t lda) {
   int64_t c = 0;
   for (; c + kTogether * kLanes <= n; c += kTogether * kLanes) {
-    const float* const at[3] = {rows[0] + c, rows[1] + c, rows[2] + c};
-    depthwise_channels<kTogether, stride, P>(at, pitch, taps + c, n, bias ? bias + c : nullptr, pixels, out + c, lda);
+    const S* const at[3] = {rows[0] + c, rows[1] + c, rows[2] + c};
+    depthwise_channels<kTogether, stride, P, S>(at, pitch, taps + c, n, bias ? bias + c : nullptr, pixels, out + c, lda);
   }
   for (; c < n; c += kLanes) {
-    const float* const at[3] = {rows[0] + c, rows[1] + c, rows[2] + c};
-    depthwise_channels<1, stride, P>(at, pitch, taps + c, n, bias ? bias + c : nullptr, pixels, out + c, lda);
+    const S* const at[3] = {rows[0] + c, rows[1] + c, rows[2] + c};
+    depthwise_channels<1, stride, P, S>(at, pitch, taps + c, n, bias ? bias + c : nullptr, pixels, out + c, lda);
   }
 }
 

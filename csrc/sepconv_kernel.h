@@ -52,7 +52,7 @@ template <class T>
 struct SepconvBuffers {
   using P = Panel<T>;
   int64_t channels, pitch, slots, lda, skip_lda, columns, blocks, panel_rows;
-  int64_t ring, zeros, taps, norm, dw_bias, panel, skip, c, sums, pixels, bytes;
+  int64_t ring, zeros, edge, taps, norm, dw_bias, panel, skip, c, sums, pixels, bytes;
 
   explicit SepconvBuffers(const Sepconv& s) {
     channels = row_channels<P>(s.channels);
@@ -68,6 +68,7 @@ struct SepconvBuffers {
     bytes = 0;
     ring = take(kSepconvRing * slots * pitch * 4);
     zeros = take(slots * pitch * 4);
+    edge = take(9 * channels * 4);
     taps = take((s.upsample ? 16 : 9) * channels * 4);
     norm = take(s.mean ? 3 * channels * 4 : 0);
     dw_bias = take(s.dw_bias ? channels * 4 : 0);
@@ -238,6 +239,40 @@ struct SepconvRun {
     return out;
   }
 
+  // Without a norm, rows are read where they are: a row buffer would be a mere copy.
+  bool direct() const { return !s.mean && !s.upsample && b.channels == s.channels; }
+
+  // One row of outputs from rows of x itself; outputs that see beyond the sides come from small copies.
+  template <int stride>
+  void depthwise_of_x(const SepconvUnit& u, int64_t y, const float* bias, P* panel) {
+    const int64_t C = s.channels, top = y * stride - 1, left = u.first_column * stride - 1;
+    const T* rows[3];
+    for (int64_t r = 0; r < 3; ++r)
+      rows[r] = top + r < 0 || top + r >= s.height
+                    ? nullptr
+                    : static_cast<const T*>(s.x) + ((u.sample * s.height + top + r) * s.width + left) * C;
+    const auto at_side = [&](int64_t p) {
+      float* edge = floats(b.edge);
+      __builtin_memset(edge, 0, size_t(9 * C) * 4);
+      for (int64_t r = 0; r < 3; ++r)
+        for (int64_t t = 0; t < 3; ++t) {
+          const int64_t column = left + p * stride + t;
+          if (rows[r] && column >= 0 && column < s.width)
+            copy_pixels<T>(rows[r] + (p * stride + t) * C, 1, C, edge + (3 * r + t) * C, C);
+        }
+      const float* const copies[3] = {edge, edge + 3 * C, edge + 6 * C};
+      depthwise_row<stride, P>(copies, C, floats(b.taps), C, bias, 1, panel + p * b.lda, b.lda);
+    };
+    const int64_t begin = left < 0, end = left + (u.columns - 1) * stride + 2 < s.width ? u.columns : u.columns - 1;
+    if (begin == 1) at_side(0);
+    if (end == u.columns - 1 && end >= begin) at_side(end);
+    if (end <= begin) return;
+    const T* inside[3];
+    for (int64_t r = 0; r < 3; ++r)
+      inside[r] = rows[r] ? rows[r] + begin * stride * C : reinterpret_cast<const T*>(memory + b.zeros);
+    depthwise_row<stride, P, T>(inside, C, floats(b.taps), C, bias, end - begin, panel + begin * b.lda, b.lda);
+  }
+
   // The depthwise convolution of a unit into rows of the panel.
   void fill(const SepconvUnit& u, int64_t unit, P* panel) {
     if (unit / s.units_of_tile != column) {
@@ -254,7 +289,10 @@ struct SepconvRun {
     const float *taps = floats(b.taps), *bias = s.dw_bias ? floats(b.dw_bias) : nullptr;
     const int64_t n = b.channels;
     for (int64_t y = u.first_row; y < u.first_row + u.rows; ++y, panel += u.columns * b.lda) {
-      if (s.upsample && s.stride == 1) {
+      if (direct()) {
+        if (s.stride == 1) depthwise_of_x<1>(u, y, bias, panel);
+        else depthwise_of_x<2>(u, y, bias, panel);
+      } else if (s.upsample && s.stride == 1) {
         const int64_t left = u.first_column / 2 - 1, top = (y + 1) / 2 - 1;
         const float* const rows[2] = {row(top, left), row(top + 1, left)};
         depthwise_upsampled_row<2, P>(rows, b.pitch, taps + y % 2 * 8 * n, n, bias, u.columns, panel, b.lda);

@@ -61,15 +61,22 @@ CUTS = {
     "wide": {"B": 1, "C": 5, "H": 3, "W": 600, "O": 3},
     "units": {"B": 1, "C": 33, "H": 67, "W": 71, "O": 130},
     "samples": {"B": 7, "C": 64, "H": 5, "W": 5, "O": 96},
+    "as-it-is": {"B": 2, "C": 64, "H": 19, "W": 23, "O": 40, "G": 0},
+    "as-it-is-stride": {"B": 2, "C": 96, "H": 20, "W": 24, "O": 40, "G": 0, "stride": 2},
+    "as-it-is-tiles": {"B": 1, "C": 1056, "H": 3, "W": 75, "O": 40, "G": 0},
+    "as-it-is-tiles-stride": {"B": 1, "C": 1056, "H": 5, "W": 131, "O": 24, "G": 0, "stride": 2},
+    "as-it-is-pixel": {"B": 2, "C": 32, "H": 1, "W": 1, "O": 24, "G": 0, "stride": 2},
+    "as-it-is-column": {"B": 2, "C": 32, "H": 5, "W": 2, "O": 24, "G": 0},
     "few-pixels": {"B": 3, "C": 200, "H": 1, "W": 1, "O": 300},
 }
+
+EXTRAS = {"bias": 1, "shift": 1, "residual": 1, "G": 1}
 
 
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
 @pytest.mark.parametrize("name", CUTS)
 def test_cuts_of_the_image(name: str, dtype: torch.dtype) -> None:
-    flags = {"bias": 1, "shift": 1, "residual": 1, "G": 1}
-    case = Case("sepconv", name, {**CUTS[name], **flags}, dtype)
+    case = Case("sepconv", name, {**EXTRAS, **CUTS[name]}, dtype)
     with checks.poisoned_memory():
         checks.check_values(case, function=case.spec.registered)
     inputs = case.inputs()
@@ -87,9 +94,8 @@ def test_every_instruction_set() -> None:
     for case in small_cases("sepconv"):
         checks.check_values(case, function=case.spec.registered)
     for dtype in BOTH:
-        for name in ("units", "samples", "tiles-up"):
-            dims = {**CUTS[name], "bias": 1, "shift": 1, "residual": 1, "G": 1}
-            case = Case("sepconv", name, dims, dtype)
+        for name in ("units", "samples", "tiles-up", "as-it-is", "as-it-is-stride", "as-it-is-column"):
+            case = Case("sepconv", name, {**EXTRAS, **CUTS[name]}, dtype)
             checks.check_values(case, function=case.spec.registered)
 
 
@@ -114,7 +120,11 @@ def test_saved_statistics(layout: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
-@pytest.mark.parametrize("flags", [{}, {"stride": 2}, {"upsample": 1}, {"upsample": 1, "stride": 2}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"C": 32}, {"C": 32, "stride": 2}, {"stride": 2}, {"upsample": 1}, {"upsample": 1, "stride": 2}],
+    ids=str,
+)
 def test_nan_and_inf_reach_the_pixels_that_see_them(value: float, dtype: torch.dtype, flags: dict[str, int]) -> None:
     case = Case("sepconv", "nan", {"B": 2, "C": 20, "H": 7, "W": 9, "O": 18, **flags}, dtype)
     inputs = case.inputs()
