@@ -471,6 +471,7 @@ _BENCH: dict[str, dict[str, dict[str, int]]] = {
         "self-14x64-1024": _sizes(B=1, N=1024, H=14, D=64, M=1024, rope=1),
         "cross-14x64-1024-333": _sizes(B=1, N=1024, H=14, D=64, M=333),
         "cross-8x64-4096-333": _sizes(B=1, N=4096, H=8, D=64, M=333),
+        "cross-4x64-16384-333": _sizes(B=1, N=16384, H=4, D=64, M=333),
     },
     "geglu": {
         "896-2688-1024": _sizes(B=1, N=1024, C=896, F=2688),

@@ -130,6 +130,7 @@ def test_gradients_where_scores_are_large(dtype: torch.dtype) -> None:
         checks.assert_close("gradient", mine, plain, right)
 
 
+@built
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
