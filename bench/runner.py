@@ -142,9 +142,11 @@ def _time(
                     if not train and provider.name not in OURS:
                         _same_as_eager(case, plan.device, found)
                     step = training_step(prepared) if train and not prepared.whole else inference_step(prepared)
-                    if not prepared.whole:
+                    if not prepared.whole or not provider.in_torch:
                         clock(step)
-                    peaks[provider.name] = peak_bytes(step, plan.device) if provider.in_torch else -1
+                    peaks[provider.name] = (
+                        peak_bytes(step, plan.device, twice=train and prepared.whole) if provider.in_torch else -1
+                    )
                     steps[provider.name] = step
                 except (FusedUnavailable, Unusable) as error:
                     reason = str(error)
@@ -152,7 +154,7 @@ def _time(
                     reason = f"out of memory: {str(error).splitlines()[0]}"
             if reason is not None:
                 outcome.missing.append((f"{case} {mode}", provider.name, reason))
-        samples = interleaved(steps, clock, plan.seconds) if steps else {}
+        samples = interleaved(steps, clock, plan.seconds, warm=isinstance(case, ModelCase)) if steps else {}
     cost, rows = costs(case), []
     versions = {provider.name: provider.version for provider in plan.providers}
     for row_mode, pick in _parts(case, mode).items():

@@ -88,14 +88,16 @@ class Clock:
         return [start.elapsed_time(end) for start, end in spans]
 
 
-def interleaved(steps: Mapping[str, Step], clock: Clock, seconds: float) -> dict[str, list[list[float]]]:
+def interleaved(
+    steps: Mapping[str, Step], clock: Clock, seconds: float, *, warm: bool = False
+) -> dict[str, list[list[float]]]:
     """Run all steps in turns for about ``seconds``, at least five rounds (three where one round takes longer than
     ``seconds``), and return each one's times in ms.
 
-    The order rotates, so that no provider always follows the same one.
+    The order rotates, so that no provider always follows the same one. ``warm``: the steps have been run before.
     """
     names = list(steps)
-    for name in names:  # warm-up: caches, thread pools, oneDNN's primitives
+    for name in names if not warm else ():  # warm-up: caches, thread pools, oneDNN's primitives
         until = time.perf_counter() + 0.05 * seconds
         clock(steps[name])
         while time.perf_counter() < until:
@@ -116,8 +118,15 @@ def interleaved(steps: Mapping[str, Step], clock: Clock, seconds: float) -> dict
     return found
 
 
-def peak_bytes(step: Step, device: str) -> int:
-    """The most memory held at once beyond what was held before, outputs included, through PyTorch's allocator."""
+_MEASURED = "the step whose memory counts"
+
+
+def peak_bytes(step: Step, device: str, *, twice: bool = False) -> int:
+    """The most memory held at once beyond what was held before, outputs included, through PyTorch's allocator.
+
+    ``twice``: measures the second of two steps, for those that leave something in place of what was there (packs of
+    weights that have changed): on the CPU, what a step frees is known only if it was made under the same profiler.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -127,14 +136,22 @@ def peak_bytes(step: Step, device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        for part in step:
-            part()
+        if twice:
+            for part in step:
+                part()
+        with torch.profiler.record_function(_MEASURED):
+            for part in step:
+                part()
     assert profile.profiler is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    begin = next(event.start_ns() for event in events if event.name() == _MEASURED)
+    held = peak = before = 0
+    for event in events:
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            if event.start_ns() < begin:
+                before = held
+            peak = max(peak if event.start_ns() >= begin else 0, held - before)
     return peak
 
 
