@@ -49,10 +49,20 @@ struct PointwiseWeightGradient {
   int64_t pixels, outputs, channels;
   int64_t tile_outputs, tiles_outputs, tile_channels, tiles_channels, part, parts, slice;
   int64_t row;        // of a partial result: channels rounded up to whole blocks of columns
+  bool accumulate;    // add to the partial result
   const void* dy;     // [pixels, outputs]
   const void* d;      // [pixels, channels]
   float* partial;     // [parts, outputs, row]
   void* dw;           // [outputs, channels]
+};
+
+// All of these for images that are small enough to go through them a few at a time, in cache: dd and d are never stored. A
+// task is `part` samples, taken `samples` at a time; it has a partial result of its own for the weight of the pointwise half.
+struct SeparableGradient {
+  DepthwiseGradient depthwise;
+  PointwiseGradient pointwise;
+  PointwiseWeightGradient weight;
+  int64_t part, samples;
 };
 
 struct SepconvBackwardTable {
@@ -64,7 +74,8 @@ struct SepconvBackwardTable {
   void (*weight)(const PointwiseWeightGradient&, int64_t begin, int64_t end, void* scratch);
   int64_t (*weight_scratch)(const PointwiseWeightGradient&);
   void (*weight_merge)(const PointwiseWeightGradient&, int64_t begin, int64_t end);  // a task is a row of dw
-  int64_t columns;  // of a block of a packed operand
+  void (*separable)(const SeparableGradient&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*separable_scratch)(const SeparableGradient&);
 };
 
 // Floats that a depthwise task of this width works in, for each of its channels and beside them.

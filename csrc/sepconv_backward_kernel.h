@@ -534,7 +534,7 @@ void pointwise_weight_gradient(const PointwiseWeightGradient& g, int64_t begin, 
       const int64_t K = last - k < g.slice ? last - k : g.slice;
       pack_a<P, T>(static_cast<const T*>(g.dy) + k * g.outputs + o0, 1, g.outputs, M, K, a, lda);
       pack_b<P, T>(static_cast<const T*>(g.d) + k * g.channels + c0, g.channels, 1, K, N, b);
-      gemm<P>(M, blocks_of(N), K, a, lda, b, c, g.row, k > part * g.part);
+      gemm<P>(M, blocks_of(N), K, a, lda, b, c, g.row, g.accumulate || k > part * g.part);
     }
   }
   tiles_end();
@@ -553,11 +553,54 @@ void pointwise_weight_merge(const PointwiseWeightGradient& g, int64_t begin, int
   }
 }
 
+// ---- all of it, for small images ----
+
+template <class T>
+SG_INLINE int64_t separable_image_bytes(const SeparableGradient& g) {
+  return bytes64(g.samples * g.pointwise.pixels * g.depthwise.channels * int64_t(sizeof(T)));
+}
+
+template <class T>
+int64_t separable_gradient_scratch(const SeparableGradient& g) {
+  const int64_t needs[3] = {pointwise_gradient_scratch<T>(g.pointwise), depthwise_scratch_floats(g.depthwise) * 4,
+                            pointwise_weight_scratch<T>(g.weight)};
+  int64_t most = 0;
+  for (const int64_t bytes : needs) most = bytes > most ? bytes : most;
+  return 2 * separable_image_bytes<T>(g) + most;
+}
+
+template <class T>
+void separable_gradient(const SeparableGradient& g, int64_t begin, int64_t end, void* scratch) {
+  const int64_t pixels = g.pointwise.pixels, O = g.pointwise.outputs, C = g.depthwise.channels;
+  char* memory = static_cast<char*>(scratch);
+  T *dd = reinterpret_cast<T*>(memory), *d = reinterpret_cast<T*>(memory + separable_image_bytes<T>(g));
+  void* work = memory + 2 * separable_image_bytes<T>(g);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t first = task * g.part, last = first + g.part < g.depthwise.batch ? first + g.part : g.depthwise.batch;
+    for (int64_t b = first; b < last; b += g.samples) {
+      const int64_t count = last - b < g.samples ? last - b : g.samples;
+      const T* dy = static_cast<const T*>(g.pointwise.dy) + b * pixels * O;
+      PointwiseGradient outer = g.pointwise;
+      outer.batch = count, outer.dy = dy, outer.dd = dd;
+      if (outer.sums) outer.sums += b * O;
+      pointwise_gradient<T>(outer, 0, 1, work);
+      // The images in cache stand where those of samples [b, b + count) would.
+      DepthwiseGradient inner = g.depthwise;
+      inner.dd = dd - b * pixels * C, inner.d = d - b * pixels * C;
+      depthwise_gradient<T>(inner, b, b + count, static_cast<float*>(work));
+      PointwiseWeightGradient weight = g.weight;
+      weight.pixels = weight.part = count * pixels, weight.parts = 1, weight.accumulate = b > first;
+      weight.dy = dy, weight.d = d, weight.partial += task * weight.outputs * weight.row;
+      pointwise_weight_gradient<T>(weight, 0, weight.tiles_outputs * weight.tiles_channels, work);
+    }
+  }
+}
+
 template <class T>
 constexpr SepconvBackwardTable sepconv_backward_table() {
   return {depthwise_gradient<T>,        norm_gradient<T>,
           merge_gradient_sums,       pointwise_gradient<T>,
           pointwise_gradient_scratch<T>, pointwise_weight_gradient<T>,
           pointwise_weight_scratch<T>,  pointwise_weight_merge<T>,
-          kColumns};
+          separable_gradient<T>,        separable_gradient_scratch<T>};
 }

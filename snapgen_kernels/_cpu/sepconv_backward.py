@@ -46,6 +46,14 @@ def _gradient_of(parameter: Tensor | None, need: bool) -> Tensor | None:
     return torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
 
+def _parameters(weight: Tensor, bias: Tensor | None, norm: NormSaved | None) -> tuple[Tensor | None, ...]:
+    """The parameters of a depthwise convolution and of the norm before it, as the primitives take them."""
+    plain = (weight.contiguous(), None if bias is None else bias.contiguous())
+    if norm is None:
+        return (*plain, None, None, None, None)
+    return (*plain, norm.weight.contiguous(), norm.bias.contiguous(), norm.mean, norm.rstd)
+
+
 class Depthwise(NamedTuple):
     """Gradients of :func:`depthwise`, None where they were not asked for; and d, for the gradient of what follows."""
 
@@ -89,22 +97,8 @@ def depthwise(
         _gradient_of(norm.weight, needs[3]) if norm else None,
         _gradient_of(norm.bias, needs[4]) if norm else None,
     )
-    if norm is None:
-        parameters: tuple[Tensor | None, ...] = (None, None, None, None)
-    else:
-        parameters = (norm.weight.contiguous(), norm.bias.contiguous(), norm.mean, norm.rstd)
-    _ops.depthwise_gradient(
-        x,
-        dd,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        *parameters,
-        extra,
-        norm.num_groups if norm else 0,
-        stride,
-        scale,
-        *found,
-    )
+    groups = norm.num_groups if norm else 0
+    _ops.depthwise_gradient(x, dd, *_parameters(weight, bias, norm), extra, groups, stride, scale, *found)
     return found
 
 
@@ -183,6 +177,22 @@ def separable(
         needs: which gradients are wanted, in the order of :class:`Separable`.
     """
     in_x, in_dw, in_pw, in_dw_bias, in_pw_bias, in_norm_weight, in_norm_bias, in_shift = needs
+    if in_x and in_dw and in_pw:
+        found = Separable(
+            torch.empty_like(x),
+            _gradient_of(dw_weight, True),
+            _gradient_of(pw_weight, True),
+            _gradient_of(dw_bias, in_dw_bias),
+            _gradient_of(pw_bias, in_pw_bias),
+            _gradient_of(norm.weight, in_norm_weight) if norm else None,
+            _gradient_of(norm.bias, in_norm_bias) if norm else None,
+            _gradient_of(shift, in_shift),
+        )
+        scale = 2 if upsample else 1
+        parameters = _parameters(dw_weight, dw_bias, norm)
+        groups = norm.num_groups if norm else 0
+        if _ops.separable_gradient(dy, packed(pw_weight, "bt"), x, *parameters, extra, groups, stride, scale, *found):
+            return found
     deeper = (in_x, in_dw, in_dw_bias, in_norm_weight, in_norm_bias)
     outer = pointwise(dy, pw_weight, pw_bias, shift, needs=(any(deeper), in_shift, in_pw_bias))
     if not any(deeper) and not in_pw:

@@ -93,6 +93,23 @@ def test_shapes_of_every_plan(dims: dict[str, int], dtype: torch.dtype) -> None:
 
 
 @built
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"stride": 2, "bias": 1, "shift": 1},
+        {"upsample": 1, "bias": 1, "residual": 1},
+        {"G": 8, "bias": 1, "shift": 1, "residual": 1},
+    ],
+)
+def test_many_small_images(flags: dict[str, int], dtype: torch.dtype) -> None:
+    """A few samples at a time go through the whole backward in cache."""
+    case = Case("sepconv", "small-images", {"B": 19, "C": 24, "O": 40, "H": 5, "W": 7, **flags}, dtype)
+    checks.check_gradients(case, function=case.spec.registered)
+    checks.check_repeats(case)
+
+
+@built
 @pytest.mark.parametrize("op", ["sepconv", "resblock"])
 def test_each_gradient_alone(op: str) -> None:
     """A gradient is as exact where no other is asked for; the compiler may round in another order there."""
