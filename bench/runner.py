@@ -154,7 +154,17 @@ def _time(
                     reason = f"out of memory: {str(error).splitlines()[0]}"
             if reason is not None:
                 outcome.missing.append((f"{case} {mode}", provider.name, reason))
-        samples = interleaved(steps, clock, plan.seconds, warm=isinstance(case, ModelCase)) if steps else {}
+        samples = (
+            interleaved(
+                steps,
+                clock,
+                plan.seconds,
+                own_threads=[p.name for p in plan.providers if not p.in_torch],
+                warm=isinstance(case, ModelCase),
+            )
+            if steps
+            else {}
+        )
     cost, rows = costs(case), []
     versions = {provider.name: provider.version for provider in plan.providers}
     for row_mode, pick in _parts(case, mode).items():

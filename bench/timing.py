@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -89,12 +90,19 @@ class Clock:
 
 
 def interleaved(
-    steps: Mapping[str, Step], clock: Clock, seconds: float, *, warm: bool = False
+    steps: Mapping[str, Step],
+    clock: Clock,
+    seconds: float,
+    *,
+    warm: bool = False,
+    own_threads: Collection[str] = (),
 ) -> dict[str, list[list[float]]]:
     """Run all steps in turns for about ``seconds``, at least five rounds (three where one round takes longer than
     ``seconds``), and return each one's times in ms.
 
-    The order rotates, so that no provider always follows the same one. ``warm``: the steps have been run before.
+    Every round has an order of its own, so that no provider always follows the same one. ``own_threads``: providers
+    whose threads look for more work for a while after they are done, on cores that the next one needs; nobody follows
+    them at once. ``warm``: the steps have been run before.
     """
     names = list(steps)
     for name in names if not warm else ():  # warm-up: caches, thread pools, oneDNN's primitives
@@ -112,12 +120,16 @@ def interleaved(
                 fewest = _FEWEST_SLOW
             if round_ >= fewest and spent > seconds:
                 break
-            for offset in range(len(names)):
-                name = names[(round_ + offset) % len(names)]
+            first = names[round_ % len(names)]
+            rest = [name for name in names if name != first]
+            for name in (first, *random.Random(round_).sample(rest, len(rest))):
                 found[name].append(clock(steps[name]))
+                if name in own_threads:
+                    time.sleep(_PAUSE)
     return found
 
 
+_PAUSE = 0.02  # seconds
 _MEASURED = "the step whose memory counts"
 
 
