@@ -103,20 +103,23 @@ def table(rows: Sequence[Row]) -> str:
             for g in groups
             if g.first.device == device and any(row.provider in OURS for row in g.rows)
         }
-        lines = []
+        lines, some = [], False
         for goal in GOALS:
             text, find, malloc = _KINDS[goal.kind]
             group = mine.get((goal.op, goal.case, goal.dtype, goal.mode, malloc))
             value = None if group is None else find(group)
-            if value is None:
-                continue
-            sign, reached = ("at most ", value <= goal.value) if goal.kind in _AT_MOST else ("", value >= goal.value)
-            measured = text.format(value).removeprefix("low memory: ")
-            lines.append(
-                f"| {goal.path} | {goal.dtype} | {sign}{text.format(goal.value)} | "
-                f"{f'**{measured}**' if reached else measured} | {'reached' if reached else 'missed'} |"
-            )
-        if lines:
+            sign = "at most " if goal.kind in _AT_MOST else ""
+            measured, verdict = "", "not measured"
+            if value is not None:
+                reached = value <= goal.value if goal.kind in _AT_MOST else value >= goal.value
+                some = True
+                text_of_value = text.format(value).removeprefix("low memory: ")
+                if goal.kind == "peer" and group is not None:  # a best of few says less
+                    peers = (row.provider for row in group.rows if row.provider not in OURS)
+                    text_of_value = text_of_value.replace("the best peer", f"the best of {', '.join(peers)}")
+                measured, verdict = (f"**{text_of_value}**", "reached") if reached else (text_of_value, "missed")
+            lines.append(f"| {goal.path} | {goal.dtype} | {sign}{text.format(goal.value)} | {measured} | {verdict} |")
+        if some:
             header = ["| path | dtype | goal | measured | |", "|---|---|---|---|---|"]
             parts.append("\n".join([f"**{device}**", "", *header, *lines]))
     return "\n\n".join(parts) or "No rows of these cases are recorded yet."

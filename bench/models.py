@@ -181,7 +181,7 @@ def run(network: nn.Module, activations: Sequence[Tensor]) -> Tensor:
     return network(sample, time, context, None, pooled, return_dict=False)[0]
 
 
-def run_fused(network: Any, activations: Sequence[Tensor], *, low_memory: bool = False) -> Tensor:
+def run_fused(network: Any, activations: Sequence[Tensor], *, low_memory: bool | None = None) -> Tensor:
     """:func:`run` as users of the fused kernels do: pictures come from ``decode``."""
     if len(activations) == 1 and not torch.is_grad_enabled():
         return network.decode(activations[0], low_memory=low_memory)

@@ -67,7 +67,7 @@ def generate(
         generator=torch.Generator().manual_seed(seed),
         height=height,
         width=width,
-        low_memory=low_memory,
+        low_memory=low_memory or None,
     ).images
     if len(pictures) == 1:
         with io.whole_file(out) as temporary:

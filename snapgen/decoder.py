@@ -15,7 +15,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from snapgen_kernels import DecoderBlock, Norm, SepConv2d
+from snapgen_kernels import DecoderBlock, Norm, SepConv2d, malloc_keeps_pages
 from snapgen_kernels.decoding import apply_block, norm_silu_conv, runs_in_place
 
 Progress = Callable[[int, int], None]
@@ -91,12 +91,13 @@ class TinyDecoder(ModelMixin, ConfigMixin):
         return self.conv_out(nn.functional.silu(self.norm_out(x)))
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, *, low_memory: bool = False, progress: Progress | None = None) -> Tensor:
+    def decode(self, latents: Tensor, *, low_memory: bool | None = None, progress: Progress | None = None) -> Tensor:
         """Decode the denoiser's latents, without gradients: undo the scaling, then what `forward` computes.
 
         Args:
             low_memory: hold about 1.25 images of the last stage's width at full size, rather than a third of what plain
-                PyTorch holds (3.3); it costs up to a third of the time.
+                PyTorch holds (3.3), a little slower. None: where malloc gives memory back at once
+                (:func:`snapgen_kernels.malloc_keeps_pages`); page faults then cost more than computing twice.
             progress: called with (done, total), multiply-accumulates of the decoder, as the work advances.
         """
         unscaled = latents / self.config.scaling_factor + self.config.shift_factor
@@ -109,7 +110,7 @@ class TinyDecoder(ModelMixin, ConfigMixin):
             )
         return self.conv_in(latents.contiguous(memory_format=torch.channels_last))
 
-    def _draw(self, latents: Tensor, *, low_memory: bool = False, progress: Progress | None = None) -> Tensor:
+    def _draw(self, latents: Tensor, *, low_memory: bool | None = None, progress: Progress | None = None) -> Tensor:
         """What `forward` computes, without gradients: every block writes over its input."""
         x = self._entered(latents)
         norm = Norm(self.norm_out.num_groups, self.norm_out.weight, self.norm_out.bias, self.norm_out.eps)
@@ -123,6 +124,8 @@ class TinyDecoder(ModelMixin, ConfigMixin):
         total = sum(macs for _, macs in parts) + pixels * _weights(self.conv_out)
         # In images of the last width. Low memory: the last upsampler's input and output, which nothing can do without.
         # Otherwise a third of plain PyTorch, whose last block holds its input and three middle images at once.
+        if low_memory is None:
+            low_memory = not malloc_keeps_pages()
         images = 5 / 4 if low_memory else (1 + 3 * self.config.expansion) / 3
         budget = int(images * pixels * self.config.channels[-1] * x.element_size())
         done, statistics = 0, None

@@ -172,7 +172,7 @@ class SnapGenPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        low_memory: bool = False,
+        low_memory: bool | None = None,
     ) -> Any:
         """Draw pictures: an ImagePipelineOutput, whose `images` they are, or without `return_dict` a tuple of them.
 
@@ -234,7 +234,7 @@ class SnapGenPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
-    def _decode(self, latents: Tensor, low_memory: bool) -> Tensor:
+    def _decode(self, latents: Tensor, low_memory: bool | None) -> Tensor:
         with self.progress_bar(total=100) as bar:
             return self.decoder.decode(
                 latents, low_memory=low_memory, progress=lambda done, total: bar.update(100 * done // total - bar.n)

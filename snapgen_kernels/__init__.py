@@ -3,7 +3,7 @@
 Importing this package compiles nothing, looks at no device and sets no global: kernels load on first use.
 """
 
-from snapgen_kernels._backend import FusedUnavailable, backends, profile_range, profile_ranges, use
+from snapgen_kernels._backend import FusedUnavailable, backends, malloc_keeps_pages, profile_range, profile_ranges, use
 from snapgen_kernels.attention import CrossAttention, MultiQueryAttention, attention
 from snapgen_kernels.decoder_block import DecoderBlock, decoder_block
 from snapgen_kernels.geglu import GEGLUFeedForward, geglu
@@ -28,6 +28,7 @@ __all__ = [
     "decoder_block",
     "geglu",
     "group_norm_silu",
+    "malloc_keeps_pages",
     "profile_range",
     "profile_ranges",
     "qk_norm_rope",

@@ -8,6 +8,7 @@ name                 values                          meaning
 ``SNAPGEN_KERNELS``  ``auto``, ``fused``,            the mode where no :func:`use` is in force (default ``auto``)
                      ``reference``
 ``SNAPGEN_CACHE``    a folder                        where autotuning results are kept (default ``~/.cache/snapgen``)
+``MALLOC_...``       glibc's own                     whether malloc keeps the pages of large tensors
 ===================  ==============================  ================================================================
 """
 
@@ -184,6 +185,12 @@ def backends() -> dict[str, Any]:
                 why = f"PyTorch: {absent}" if absent else "fused"
             ops[op][device] = str(why)
     return {"mode": mode(), "cpp": cpp, "triton": triton, "cuda": cuda, "ops": ops}
+
+
+def malloc_keeps_pages() -> bool:
+    """Whether glibc's malloc was told to keep the pages of large tensors rather than fault them in for each one anew.
+    Other allocators are not looked at."""
+    return "MALLOC_TRIM_THRESHOLD_" in os.environ and "MALLOC_MMAP_THRESHOLD_" in os.environ
 
 
 def cache_dir() -> Path:

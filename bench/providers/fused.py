@@ -19,7 +19,7 @@ def strictly(case: Case, inputs: Inputs) -> object:
         return case.spec.public(inputs)
 
 
-def _model(case: ModelCase, low_memory: bool) -> Prepared:
+def _model(case: ModelCase, low_memory: bool | None) -> Prepared:
     if case.op == "train":
         step = models.training(case)
     else:
@@ -40,7 +40,7 @@ class Fused:
 
     in_torch = True
 
-    def __init__(self, name: str = "fused", *, low_memory: bool = False) -> None:
+    def __init__(self, name: str = "fused", *, low_memory: bool | None = None) -> None:
         from importlib import metadata
 
         self.name, self.low_memory = name, low_memory
