@@ -15,7 +15,7 @@ PRELOAD = $(shell $(CC) -print-file-name=libasan.so):$(shell $(CC) -print-file-n
 help:
 	@echo "make demo   draw, score, time and export with the shipped model; writes out/report.html"
 	@echo "make test   run the tests"
-	@echo "make bench  time every op against PyTorch on this machine; appends to bench/results/"
+	@echo "make bench  time every op and model against PyTorch on this machine; appends to bench/results/"
 	@echo "make sanitize  run the tests of the C++ kernels under the address and undefined-behaviour sanitizers"
 	@echo "make lint   ruff and mypy"
 	@echo "make format let ruff rewrite the layout"
@@ -30,7 +30,7 @@ test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST)
 
 bench: $(READY)
-	@echo "bench: times every op against PyTorch and appends to bench/results/; 5 minutes on 2 cores"
+	@echo "bench: times every op and model against PyTorch, appends to bench/results/; half an hour on 2 cores (BENCH=--quick: a few minutes)"
 	@$(BIN)/python -m bench $(BENCH)
 
 sanitize: $(READY)
