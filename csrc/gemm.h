@@ -137,13 +137,6 @@ SG_INLINE void transpose_units(const uint32_t* src, int64_t ss, uint32_t* out, i
   for (int i = 0; i < kLanes; ++i) __builtin_memcpy(out + i * so, &v[i], sizeof(U));
 }
 
-// Units [rows, columns] of src(r, c) -> out[c * so + r]: whole squares in registers, the edges one by one.
-template <class Unit>
-SG_INLINE void transpose_edge(Unit unit, int64_t r0, int64_t r1, int64_t c0, int64_t c1, uint32_t* out, int64_t so) {
-  for (int64_t r = r0; r < r1; ++r)
-    for (int64_t c = c0; c < c1; ++c) out[c * so + r] = unit(r, c);
-}
-
 // B[k][n] = src[k * sk + n * sn] -> blocks of kColumns columns, zero padded.
 template <class P, class S>
 void pack_b(const S* src, int64_t sk, int64_t sn, int64_t K, int64_t N, P* out) {

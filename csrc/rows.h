@@ -284,31 +284,6 @@ struct ChannelSums {
   float *center, *sum, *square;  // [channels]
 };
 
-// Of values[p * ld + c] (as a T holds them) into channels [0, C), set anew (first) or added.
-template <class T>
-void add_channel_sums(const float* values, int64_t pixels, int64_t ld, int64_t C, const ChannelSums& s, bool first) {
-  constexpr int64_t kFew = 8;
-  const int64_t few = pixels < kFew ? pixels : kFew;
-  SG_OVER_LANES(float, C, {
-    Vec<float, N> center, sum{}, square{};
-    if (first) {
-      center = rounded<T, N>(load<N>(values + c));
-      for (int64_t p = 1; p < few; ++p) center = center + rounded<T, N>(load<N>(values + p * ld + c));
-      center = center * (1.0f / float(few));
-      store<N>(s.center + c, center);
-    } else {
-      center = load<N>(s.center + c), sum = load<N>(s.sum + c), square = load<N>(s.square + c);
-    }
-    for (int64_t p = 0; p < pixels; ++p) {
-      const auto d = rounded<T, N>(load<N>(values + p * ld + c)) - center;
-      sum = sum + d;
-      square = square + d * d;
-    }
-    store<N>(s.sum + c, sum);
-    store<N>(s.square + c, square);
-  })
-}
-
 // moments[2 g], moments[2 g + 1] = mean and sum of squared deviations of group g, over `pixels` values of each channel.
 SG_INLINE void group_moments(const ChannelSums& s, int64_t pixels, int64_t C, int64_t groups, double* moments) {
   const int64_t per_group = C / groups;

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -411,6 +412,22 @@ def test_providers_take_turns(seconds: float, rounds: int, monkeypatch: pytest.M
     order.clear()
     interleaved({name: step(name) for name in "abc"}, Clock("cpu"), seconds, warm=True)
     assert len(order) == 3 * rounds
+
+
+def test_nobody_follows_a_runtime_with_threads_of_its_own_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import timing
+
+    order: list[str] = []
+    monkeypatch.setattr(timing, "_MOST", 12)
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: order.append("rest"))
+
+    def step(name: str) -> list:
+        return [lambda: order.append(name)]
+
+    interleaved({name: step(name) for name in "abcd"}, Clock("cpu"), 10.0, warm=True, own_threads=("b",))
+    pairs = set(pairwise(order))
+    assert {after for before, after in pairs if before == "b"} == {"rest"}
+    assert {after for before, after in pairs if before == "a"} == set("bcd"), "every round has an order of its own"
 
 
 def test_peak_memory_counts_what_is_held_at_once() -> None:

@@ -109,6 +109,7 @@ def test_decode_keeps_to_its_memory(dtype):
     assert normal <= plain / 3
 
 
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 @pytest.mark.parametrize("tuned", [False, True])
 def test_decode_holds_little_where_malloc_gives_pages_back(tuned, monkeypatch):
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
@@ -116,11 +117,9 @@ def test_decode_holds_little_where_malloc_gives_pages_back(tuned, monkeypatch):
     decoder = small_decoder(channels=(32, 32, 32), blocks=(2, 1, 1))
     latents = torch.randn(1, 4, 256, 12)
     decoder.decode(latents)  # packs the weights
-    by_itself, told = (
-        peak_bytes([lambda: decoder.decode(latents, low_memory=low)], "cpu")  # noqa: B023
-        for low in (None, not tuned)
-    )
-    assert by_itself == told
+    peaks = {low: peak_bytes([lambda: decoder.decode(latents, low_memory=low)], "cpu") for low in (None, True, False)}  # noqa: B023
+    assert peaks[True] < peaks[False]
+    assert peaks[None] == peaks[not tuned]
 
 
 def test_ladder_follows_the_published_changes():

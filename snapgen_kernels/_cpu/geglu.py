@@ -1,14 +1,7 @@
 """Launchers of csrc/geglu.cpp.
 
-One path serves every shape. Forward, CPU milliseconds of one thread of a Xeon with AMX: this kernel, plain PyTorch, and
-oneDNN's product alone, to which an elementwise kernel would have to be added:
-
-    tokens  channels   fp32                  bf16
-    1024    896-2688   55-60   55-61   53    9.3-10    12-14   7.3
-    4096    512-1536   70-77   86-89   69    12.1-14   19-24   9.6
-
-In the backward PyTorch's fp32 products are faster than ours (896-2688: dx in 48-55 ms, ours 58-65), but their sums
-depend on the number of threads, and so would the gradients.
+One path serves every shape; docs/benchmarks.md tells where PyTorch's products are faster. They are not used, since
+their sums depend on the number of threads, and so would results and gradients.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
 """The separable convolution's forward on the CPU: layouts, statistics, and the C++ sweep over rows.
 
-There is one path. The other candidate, the depthwise image in memory and one large product of oneDNN or MKL, was
-looked at and left out (2-core Xeon with AMX, CPU time of one thread, best of many, a busy machine):
-
-- its results depend on the number of threads: bf16 [1024, 896] x [896, 1792] and fp32 [64, 1792] x [1792, 896] differ
-  between 1 and 2 threads, and sums here may not;
-- the whole block is not slower without it: eager against this, resblock of 512 channels at 64x64, 68.9 and 58.5 ms
-  in fp32, 19.9 and 12.9 in bf16; of 896 at 32x32, 46.4 and 46.4 in fp32, 13.5 and 9.7 in bf16.
+There is one path. The other candidate, the depthwise image in memory and one large product of oneDNN or MKL, was left
+out: its results depend on the number of threads (bf16 [1024, 896] x [896, 1792] and fp32 [64, 1792] x [1792, 896]
+differ between 1 and 2), and sums here may not. docs/benchmarks.md tells where that costs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """Multi-query attention beyond the common contract: every instruction set, any size, masks, hostile numbers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,51 +8,30 @@ from torch import Tensor
 
 import snapgen_kernels
 from snapgen_kernels import checks
-from snapgen_kernels._backend import extension
 from snapgen_kernels.attention import _composed, _reference_with_statistics, attention, reference
 from snapgen_kernels.qk_norm_rope import reference as qk_norm_rope_reference
 from snapgen_kernels.qk_norm_rope import rope_2d
 from snapgen_kernels.testing import LAYOUTS, Case, small_cases
+from tests.ops.variants import VARIANTS, built, forced
 
 DTYPES = [torch.float32, torch.bfloat16]
-built = pytest.mark.skipif(extension().module is None, reason="the C++ extension is not built")
-
-
-def _variants() -> list[str]:
-    module = extension().module
-    return [] if module is None else list(module.variants())
-
-
-@contextmanager
-def _forced(variant: str) -> Iterator[None]:
-    module = extension().module
-    if module is None:
-        pytest.skip("the C++ extension is not built")
-    if not module.variants()[variant]:
-        pytest.skip(f"this processor lacks {variant}")
-    module.force_variant(variant)
-    try:
-        yield
-    finally:
-        module.force_variant(None)
-
 
 # More than one block of keys and of queries, in both passes, and none of them full.
 RAGGED = {"B": 2, "N": 150, "H": 3, "D": 24, "M": 301}
 
 
-@pytest.mark.parametrize("variant", _variants() or ["none"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_instruction_set(variant: str) -> None:
-    with _forced(variant):
+    with forced(variant):
         for case in small_cases("attention"):
             checks.check_gradients(case, function=case.spec.registered)
             checks.check_repeats(case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", _variants() or ["none"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_several_blocks_in_every_instruction_set(variant: str, dtype: torch.dtype) -> None:
-    with _forced(variant):
+    with forced(variant):
         for extra in ({}, {"mask": 1}, {"D": 64, "M": 150, "rope": 1}, {"norm": 0, "D": 40}):
             checks.check_gradients(Case("attention", "ragged", {**RAGGED, **extra}, dtype))
 

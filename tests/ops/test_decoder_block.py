@@ -13,6 +13,7 @@ from snapgen_kernels import DecoderBlock, FusedUnavailable, Norm, checks, use
 from snapgen_kernels._backend import extension, missing_kernel
 from snapgen_kernels.decoding import apply_block, norm_silu_conv, reference
 from snapgen_kernels.testing import LAYOUTS, Case, _laid_out, small_cases
+from tests.ops.variants import VARIANTS, forced
 
 MISSING = missing_kernel("decoder_block", "cpu")
 needs_kernel = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -26,11 +27,6 @@ SHAPES = [
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def _variants() -> list[str]:
-    module = extension().module
-    return [] if module is None else [name for name, usable in module.variants().items() if usable]
-
-
 def _block(case: Case, inputs: dict) -> DecoderBlock:
     block = DecoderBlock(case.dims["C"], expansion=case.dims["M"] // case.dims["C"], num_groups=case.dims["G"])
     for parameter, name in zip(block.weights(), case.spec.op.differentiable[1:], strict=True):
@@ -38,22 +34,16 @@ def _block(case: Case, inputs: dict) -> DecoderBlock:
     return block
 
 
-@needs_kernel
-@pytest.mark.parametrize("variant", _variants())
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(variant: str, dtype: torch.dtype) -> None:
-    module = extension().module
-    assert module is not None
-    module.force_variant(variant)
-    try:
+    with forced(variant):
         for case in small_cases("decoder_block"):
             checks.check_gradients(case)
         for low in (0, 1):
             case = Case("decoder_block", "tasks", {**SHAPES[0], "low": low}, dtype, bench=True)
             checks.check_values(case)
             checks.check_repeats(case)
-    finally:
-        module.force_variant(None)
 
 
 @needs_kernel
@@ -185,25 +175,18 @@ def _check_head(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> None:
     checks.assert_close("norm_silu_conv", mine, eager, exact)
 
 
-@pytest.mark.parametrize("variant", _variants() or [None])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outputs", [1, 3, 5])
-def test_last_layer(variant: str | None, dtype: torch.dtype, outputs: int) -> None:
-    module = extension().module
-    if module is not None:
-        module.force_variant(variant)
-    try:
+def test_last_layer(variant: str, dtype: torch.dtype, outputs: int) -> None:
+    with forced(variant):
         for shape in ((2, 20, 37, 41), (1, 32, 3, 600)):
             arguments = _head(*shape, outputs, dtype, "channels_last")
             _check_head(*arguments)
             first = norm_silu_conv(*arguments)
-            # PyTorch's own sums depend on the number of threads.
-            for count in (2, 5) if module is not None else ():
+            for count in (2, 5):
                 with checks.threads(count):
                     assert torch.equal(first, norm_silu_conv(*arguments))
-    finally:
-        if module is not None:
-            module.force_variant(None)
 
 
 @given(

@@ -14,32 +14,19 @@ from snapgen_kernels import checks
 from snapgen_kernels._backend import extension
 from snapgen_kernels.geglu import geglu, reference
 from snapgen_kernels.testing import LAYOUTS, Case, small_cases
+from tests.ops.variants import VARIANTS, built, forced
 
-built = pytest.mark.skipif(extension().module is None, reason="the C++ extension is not built")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _variants() -> list[str]:
-    module = extension().module
-    return [] if module is None else list(module.variants())
-
-
-@pytest.mark.parametrize("variant", _variants() or ["none"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_instruction_set(variant: str) -> None:
-    module = extension().module
-    if module is None:
-        pytest.skip("the C++ extension is not built")
-    if not module.variants()[variant]:
-        pytest.skip(f"this processor lacks {variant}")
-    module.force_variant(variant)
-    try:
+    with forced(variant):
         # Small ones, and more tokens, channels and features than a tile, a slice and a block hold.
         large = [Case("geglu", "large", {"B": 2, "N": 301, "C": 70, "F": 77}, dtype) for dtype in DTYPES]
         for case in (*small_cases("geglu"), *large):
             checks.check_gradients(case, function=case.spec.registered)
             checks.check_repeats(case)
-    finally:
-        module.force_variant(None)
 
 
 @given(

@@ -12,6 +12,7 @@ from snapgen_kernels import checks
 from snapgen_kernels._backend import extension
 from snapgen_kernels.group_norm_silu import GroupNormSiLU, _reference_with_statistics, group_norm_silu, reference
 from snapgen_kernels.testing import LAYOUTS, Case, small_cases
+from tests.ops.variants import VARIANTS, forced
 
 
 @given(
@@ -47,28 +48,16 @@ def test_fp64_is_the_reference_to_fp64_rounding(layout: str) -> None:
         torch.testing.assert_close(mine[name], value, rtol=1e-12, atol=1e-12)
 
 
-def _variants() -> list[str]:
-    module = extension().module
-    return [] if module is None else list(module.variants())
-
-
-@pytest.mark.parametrize("variant", _variants() or ["none"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_instruction_set(variant: str) -> None:
     module = extension().module
-    if module is None:
-        pytest.skip("the C++ extension is not built")
-    if not module.variants()[variant]:
+    if module is not None and not module.variants()[variant]:
         with pytest.raises(RuntimeError, match=variant):
             module.force_variant(variant)
-        pytest.skip(f"this processor lacks {variant}")
-    module.force_variant(variant)
-    try:
-        assert module.variant() == variant
+    with forced(variant):
         for case in small_cases("group_norm_silu"):
             checks.check_gradients(case)
             checks.check_repeats(case)
-    finally:
-        module.force_variant(None)
 
 
 def test_unknown_instruction_set_is_named() -> None:

@@ -10,30 +10,17 @@ from torch import Tensor
 
 import snapgen_kernels
 from snapgen_kernels import checks
-from snapgen_kernels._backend import extension
 from snapgen_kernels.qk_norm_rope import qk_norm_rope, reference, rope_2d
 from snapgen_kernels.testing import LAYOUTS, Case, small_cases
+from tests.ops.variants import VARIANTS, forced
 
 
-def _variants() -> list[str]:
-    module = extension().module
-    return [] if module is None else list(module.variants())
-
-
-@pytest.mark.parametrize("variant", _variants() or ["none"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_instruction_set(variant: str) -> None:
-    module = extension().module
-    if module is None:
-        pytest.skip("the C++ extension is not built")
-    if not module.variants()[variant]:
-        pytest.skip(f"this processor lacks {variant}")
-    module.force_variant(variant)
-    try:
+    with forced(variant):
         for case in small_cases("qk_norm_rope"):
             checks.check_gradients(case, function=case.spec.registered)
             checks.check_repeats(case)
-    finally:
-        module.force_variant(None)
 
 
 @given(

@@ -8,14 +8,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from snapgen_kernels import checks
-from snapgen_kernels._backend import extension, use
+from snapgen_kernels._backend import use
 from snapgen_kernels.group_norm_silu import statistics
 from snapgen_kernels.testing import LAYOUTS, Case, Inputs, small_cases
+from tests.ops.variants import VARIANTS, built, forced
 
-_MODULE = extension().module
-_VARIANTS = [] if _MODULE is None else list(_MODULE.variants())
 _DTYPES = [torch.float32, torch.bfloat16]
-built = pytest.mark.skipif(_MODULE is None, reason="the C++ extension is not built")
 
 
 def _gradients(case: Case, inputs: Inputs, needs: list[bool]) -> dict[str, Tensor]:
@@ -28,20 +26,13 @@ def _gradients(case: Case, inputs: Inputs, needs: list[bool]) -> dict[str, Tenso
     return {name: g for name, g, need in zip(op.differentiable, found, needs, strict=True) if need}
 
 
-@built
 @pytest.mark.parametrize("op", ["sepconv", "resblock"])
-@pytest.mark.parametrize("variant", _VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_instruction_set(op: str, variant: str) -> None:
-    assert _MODULE is not None
-    if not _MODULE.variants()[variant]:
-        pytest.skip(f"this processor lacks {variant}")
-    _MODULE.force_variant(variant)
-    try:
+    with forced(variant):
         for case in small_cases(op):
             checks.check_gradients(case, function=case.spec.registered)
             checks.check_repeats(case)
-    finally:
-        _MODULE.force_variant(None)
 
 
 @given(

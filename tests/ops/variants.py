@@ -1,28 +1,39 @@
-"""Runs a test once for every instruction set that was built."""
+"""Running a test on every instruction set that was built."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from snapgen_kernels._backend import extension
 
+MODULE = extension().module
+VARIANTS = ["none"] if MODULE is None else list(MODULE.variants())
+built = pytest.mark.skipif(MODULE is None, reason="the C++ extension is not built")
+
+
+@contextmanager
+def forced(variant: str) -> Iterator[None]:
+    """This instruction set inside; the test is skipped where the processor lacks it or there is no extension."""
+    if MODULE is None:
+        pytest.skip("the C++ extension is not built")
+    if not MODULE.variants()[variant]:
+        pytest.skip(f"this processor lacks {variant}")
+    MODULE.force_variant(variant)
+    try:
+        assert MODULE.variant() == variant
+        yield
+    finally:
+        MODULE.force_variant(None)
+
 
 def on_each_variant(test: Callable[[], None]) -> Callable[[str], None]:
-    """``test`` with each instruction set forced; skipped where the processor lacks it or there is no extension."""
-    module = extension().module
-    names = ["none"] if module is None else list(module.variants())
+    """``test``, which takes no arguments, with each instruction set forced."""
 
-    @pytest.mark.parametrize("variant", names)
-    def forced(variant: str) -> None:
-        if module is None:
-            pytest.skip("the C++ extension is not built")
-        if not module.variants()[variant]:
-            pytest.skip(f"this processor lacks {variant}")
-        module.force_variant(variant)
-        try:
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def repeated(variant: str) -> None:
+        with forced(variant):
             test()
-        finally:
-            module.force_variant(None)
 
-    forced.__name__, forced.__doc__ = test.__name__, test.__doc__
-    return forced
+    repeated.__name__, repeated.__doc__ = test.__name__, test.__doc__
+    return repeated
