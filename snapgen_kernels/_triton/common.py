@@ -1,0 +1,95 @@
+"""What the Triton files share: device functions, layouts, and how a kernel is listed for compilation without a GPU.
+
+Names in kernels: i_ index, p_ pointer, b_ block in registers, m_ mask, s_ stride. B samples, C channels in, O channels
+out, P pixels, G groups. Images are channels_last: a pixel's channels lie side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def sigmoid(b_z, FAST: tl.constexpr):
+    """1 / (1 + exp(-z)). FAST: by one tanh.approx (relative error 2^-11, enough for bf16), NVIDIA only."""
+    if FAST:
+        b_t = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * b_z], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return 0.5 * b_t + 0.5
+    else:
+        return 1.0 / (1.0 + tl.exp(-b_z))
+
+
+@triton.jit
+def silu(b_z, FAST: tl.constexpr):
+    """z sigmoid(z); see :func:`sigmoid`."""
+    if FAST:
+        b_h = 0.5 * b_z
+        b_t = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [b_h], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return b_h * b_t + b_h
+    else:
+        return b_z / (1.0 + tl.exp(-b_z))
+
+
+# Under TRITON_INTERPRET=1 a jit function is of another class.
+INTERPRETED = not isinstance(silu, triton.runtime.JITFunction)
+
+
+def fast(dtype: torch.dtype) -> bool:
+    """Whether kernels may use :func:`silu`'s FAST form: bf16 on NVIDIA."""
+    return dtype == torch.bfloat16 and torch.version.hip is None and not INTERPRETED
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of products: fp32 ones run in tf32 only where PyTorch's own would."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; an H200's where there is none (under the interpreter)."""
+    return _processors(tensor.get_device()) if tensor.is_cuda else 132
+
+
+def pow2(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` [B, C, H, W] in channels_last, copied only where it is not."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class Build(NamedTuple):
+    """One way in which a kernel is launched, so that it can be compiled without a GPU.
+
+    Attributes:
+        kernel: the jit function.
+        constants: its constexpr arguments, and arguments that the launch specialises on (a stride of 1; None pointers).
+        pointers: its pointer arguments -> dtype in Triton's names (``bf16``, ``fp32``); a missing one is fp32.
+        options: num_warps, num_stages.
+        divisible: integer arguments that are multiples of 16 in the model's shapes.
+        products: whether tensor-core instructions must be there.
+    """
+
+    kernel: Any
+    constants: Mapping[str, Any]
+    pointers: Mapping[str, str]
+    options: Mapping[str, int]
+    divisible: tuple[str, ...] = ()
+    products: bool = False
