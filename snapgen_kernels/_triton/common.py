@@ -29,14 +29,17 @@ def sigmoid(b_z, FAST: tl.constexpr):
 
 
 @triton.jit
+def silu_of_half(b_h):
+    """z sigmoid(z) of h = z / 2, by one tanh.approx (relative error 2^-11, enough for bf16), NVIDIA only."""
+    b_t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [b_h], dtype=tl.float32, is_pure=True, pack=1)
+    return b_h * b_t + b_h
+
+
+@triton.jit
 def silu(b_z, FAST: tl.constexpr):
-    """z sigmoid(z); see :func:`sigmoid`."""
+    """z sigmoid(z). FAST: see :func:`silu_of_half`."""
     if FAST:
-        b_h = 0.5 * b_z
-        b_t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [b_h], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return b_h * b_t + b_h
+        return silu_of_half(0.5 * b_z)
     else:
         return b_z / (1.0 + tl.exp(-b_z))
 
