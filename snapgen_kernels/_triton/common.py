@@ -78,6 +78,12 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def new_channels_last(x: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
+    """An uninitialised image of the dtype and device of ``x``."""
+    shape = (batch, channels, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 class Build(NamedTuple):
     """One way in which a kernel is launched, so that it can be compiled without a GPU.
 
@@ -96,3 +102,23 @@ class Build(NamedTuple):
     options: Mapping[str, int]
     divisible: tuple[str, ...] = ()
     products: bool = False
+
+
+_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def build(
+    kernel: Any,
+    dtype: torch.dtype,
+    images: tuple[str, ...],
+    config: Any,
+    divisible: tuple[str, ...],
+    *,
+    products: bool = False,
+    **constants: bool | int | str,
+) -> Build:
+    """The build of a kernel for a config: fields that are no launch options are its constants, in capitals."""
+    fields = config._asdict()
+    options = {name: fields.pop(name) for name in ("num_warps", "num_stages") if name in fields}
+    sizes = {name.upper(): value for name, value in fields.items()}
+    return Build(kernel, {**sizes, **constants}, dict.fromkeys(images, _NAMES[dtype]), options, divisible, products)
