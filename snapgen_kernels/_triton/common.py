@@ -68,6 +68,17 @@ def processors(tensor: Tensor) -> int:
     return _processors(tensor.get_device()) if tensor.is_cuda else 132
 
 
+@cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def capability(tensor: Tensor) -> int:
+    """Compute capability of the tensor's GPU, times 10; an H200's where there is none."""
+    return _capability(tensor.get_device()) if tensor.is_cuda else 90
+
+
 def pow2(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -94,6 +105,7 @@ class Build(NamedTuple):
         options: num_warps, num_stages.
         divisible: integer arguments that are multiples of 16 in the model's shapes.
         products: whether tensor-core instructions must be there.
+        since: the compute capability, times 10, from which on it is launched.
     """
 
     kernel: Any
@@ -102,6 +114,7 @@ class Build(NamedTuple):
     options: Mapping[str, int]
     divisible: tuple[str, ...] = ()
     products: bool = False
+    since: int = 80
 
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -115,10 +128,13 @@ def build(
     divisible: tuple[str, ...],
     *,
     products: bool = False,
-    **constants: bool | int | str,
+    since: int = 80,
+    **constants: Any,
 ) -> Build:
     """The build of a kernel for a config: fields that are no launch options are its constants, in capitals."""
     fields = config._asdict()
     options = {name: fields.pop(name) for name in ("num_warps", "num_stages") if name in fields}
     sizes = {name.upper(): value for name, value in fields.items()}
-    return Build(kernel, {**sizes, **constants}, dict.fromkeys(images, _NAMES[dtype]), options, divisible, products)
+    return Build(
+        kernel, {**sizes, **constants}, dict.fromkeys(images, _NAMES[dtype]), options, divisible, products, since
+    )
