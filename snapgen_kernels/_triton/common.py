@@ -65,6 +65,16 @@ def processors(tensor: Tensor) -> int:
     return _processors(tensor.get_device()) if tensor.is_cuda else 132
 
 
+@cache
+def _cache_bytes(index: int) -> int:
+    return torch.cuda.get_device_properties(index).L2_cache_size
+
+
+def cache_bytes(tensor: Tensor) -> int:
+    """Bytes of the L2 cache of the tensor's GPU; an H200's where there is none (under the interpreter)."""
+    return _cache_bytes(tensor.get_device()) if tensor.is_cuda else 60 << 20
+
+
 def pow2(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -73,6 +83,11 @@ def pow2(n: int) -> int:
 def channels_last(x: Tensor) -> Tensor:
     """``x`` [B, C, H, W] in channels_last, copied only where it is not."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """Triton's name of a floating dtype: ``bf16``, ``fp16``, ``fp32``."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
 
 
 class Build(NamedTuple):
