@@ -22,9 +22,9 @@ dx: 5 X, floor 3 X, by the same means. Each group of samples costs three launche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snapgen_kernels._triton import common
-from snapgen_kernels._triton.common import Build, sigmoid, silu
+from snapgen_kernels._triton.common import Build, sigmoid, silu, silu_of_half, tanh_approx
 from snapgen_kernels._triton.tuning import choose
 
 
@@ -50,10 +50,10 @@ class Group(NamedTuple):
     samples: int
 
 
-# 32 elements a thread: four 16-byte loads in flight in bf16, and the two-input kernels of the backward stay clear of
-# spills. Long chunks first: their statistics are fewer bytes.
-CHANNELS_LAST = (Tile(128, 64, 8), Tile(64, 64, 4), Tile(32, 64, 4), Tile(64, 128, 8), Tile(32, 128, 4))
-NARROW = (Tile(256, 32, 8), Tile(128, 32, 4), Tile(64, 32, 4))
+# 16 to 64 elements a thread: in bf16 two to eight 16-byte loads in flight. More elements share a thread's part of the
+# reductions and of the indices, and long chunks have fewer statistics; fewer elements make more programs.
+CHANNELS_LAST = (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4), Tile(128, 64, 8), Tile(32, 128, 4))
+NARROW = (Tile(128, 32, 4),)
 CONTIGUOUS = (Tile(512, 8, 4), Tile(256, 16, 4))
 SMALL = (Tile(64, 64, 4),)
 MERGE_BLOCK = 256
@@ -84,9 +84,27 @@ def offsets(s_c, s_p, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, LONG: tl.con
 
 
 @triton.jit
-def per_channel(p, b_c, m_c):
+def load(p, m, EVEN: tl.constexpr, EVICTION: tl.constexpr):
+    """fp32 values, 0 outside the mask; EVEN: the mask holds everywhere and costs nothing."""
+    if EVEN:
+        return tl.load(p, eviction_policy=EVICTION).to(tl.float32)
+    else:
+        return tl.load(p, mask=m, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+
+
+@triton.jit
+def store(p, b, m, EVEN: tl.constexpr):
+    """Rounded to the dtype of ``p``."""
+    if EVEN:
+        tl.store(p, b.to(p.dtype.element_ty))
+    else:
+        tl.store(p, b.to(p.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def per_channel(p, b_c, m_c, EVEN: tl.constexpr):
     """A row of fp32 values, one per channel."""
-    return tl.load(p + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    return load(p + b_c, m_c, EVEN, "")[None, :]
 
 
 @triton.jit
@@ -94,15 +112,16 @@ def moments_kernel(
     p_x,
     p_mean,
     p_m2,
-    C,
     P,
     tiles,
     chunks,
     s_b,
     s_c,
     s_p,
+    C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr,
     LONG: tl.constexpr,
 ):
     """Per (sample, chunk, channel): mean and sum of squared deviations. Grid: B * chunks * cdiv(C, BLOCK_C)."""
@@ -117,19 +136,24 @@ def moments_kernel(
     for i_tile in range(tiles):
         i_first = (i_chunk * tiles + i_tile) * BLOCK_P
         m = (i_first + tl.arange(0, BLOCK_P) < P)[:, None] & m_c[None, :]
-        b_x = tl.load(p_x + i_first.to(tl.int64) * s_p + i_x, mask=m, other=0.0).to(tl.float32)
-        n = tl.minimum(tl.maximum(P - i_first, 0), BLOCK_P).to(tl.float32)
-        b_center = tl.sum(b_x, 0) / tl.maximum(n, 1.0)
-        b_off = tl.where(m, b_x - b_center[None, :], 0.0)
+        b_x = load(p_x + i_first.to(tl.int64) * s_p + i_x, m, EVEN, "")
+        if EVEN:
+            n = BLOCK_P * 1.0
+            b_center = tl.sum(b_x, 0) * (1.0 / BLOCK_P)
+            b_off = b_x - b_center[None, :]
+        else:
+            n = tl.minimum(tl.maximum(P - i_first, 0), BLOCK_P).to(tl.float32)
+            b_center = tl.sum(b_x, 0) * (1.0 / tl.maximum(n, 1.0))
+            b_off = tl.where(m, b_x - b_center[None, :], 0.0)
         b_square = tl.sum(b_off * b_off, 0)
         b_delta = b_center - b_mean
-        total = tl.maximum(b_n + n, 1.0)
-        b_m2 += b_square + b_delta * b_delta * (b_n * n / total)
-        b_mean += b_delta * (n / total)
+        share = n / tl.maximum(b_n + n, 1.0)
+        b_m2 += b_square + b_delta * b_delta * (b_n * share)
+        b_mean += b_delta * share
         b_n += n
     i_out = (i_b.to(tl.int64) * chunks + i_chunk) * C + b_c
-    tl.store(p_mean + i_out, b_mean, mask=m_c)
-    tl.store(p_m2 + i_out, b_m2, mask=m_c)
+    store(p_mean + i_out, b_mean, m_c, EVEN)
+    store(p_m2 + i_out, b_m2, m_c, EVEN)
 
 
 @triton.jit
@@ -185,15 +209,15 @@ def apply_kernel(
     p_bias,
     p_mean,
     p_rstd,
-    C,
     P,
-    G,
     s_b,
     s_c,
     s_p,
+    C: tl.constexpr,
     CG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr,
     LONG: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -204,19 +228,26 @@ def apply_kernel(
     m = (i_p * BLOCK_P + tl.arange(0, BLOCK_P) < P)[:, None] & m_c[None, :]
     i_first = i_b.to(tl.int64) * s_b + (i_c * BLOCK_C).to(tl.int64) * s_c + (i_p * BLOCK_P).to(tl.int64) * s_p
     i_x = offsets(s_c, s_p, BLOCK_P, BLOCK_C, LONG)
-    b_x = tl.load(p_x + i_first + i_x, mask=m, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    b_g = i_b * G + b_c // CG
-    b_mean, b_rstd = per_channel(p_mean, b_g, m_c), per_channel(p_rstd, b_g, m_c)
-    b_weight, b_bias = per_channel(p_weight, b_c, m_c), per_channel(p_bias, b_c, m_c)
-    b_y = silu((b_x - b_mean) * (b_rstd * b_weight) + b_bias, FAST)
-    tl.store(p_y + i_first + i_x, b_y.to(p_y.dtype.element_ty), mask=m)
+    b_x = load(p_x + i_first + i_x, m, EVEN, "evict_first")
+    b_g = i_b * (C // CG) + b_c // CG
+    b_mean, b_rstd = per_channel(p_mean, b_g, m_c, EVEN), per_channel(p_rstd, b_g, m_c, EVEN)
+    b_weight, b_bias = per_channel(p_weight, b_c, m_c, EVEN), per_channel(p_bias, b_c, m_c, EVEN)
+    if FAST:
+        b_y = silu_of_half((b_x - b_mean) * (b_rstd * b_weight * 0.5) + b_bias * 0.5)
+    else:
+        b_y = silu((b_x - b_mean) * (b_rstd * b_weight) + b_bias, False)
+    store(p_y + i_first + i_x, b_y, m, EVEN)
 
 
 @triton.jit
-def slope(b_z, FAST: tl.constexpr):
-    """The derivative of SiLU at z."""
-    b_s = sigmoid(b_z, FAST)
-    return b_s * (1.0 + b_z * (1.0 - b_s))
+def slope(b_h, FAST: tl.constexpr):
+    """Twice the derivative of SiLU at z = 2 h; FAST: see ``tanh_approx``."""
+    if FAST:
+        b_t = tanh_approx(b_h)
+        return 1.0 + (b_h * (1.0 - b_t * b_t) + b_t)
+    else:
+        b_s = sigmoid(2.0 * b_h, False)
+        return 2.0 * b_s * (1.0 + 2.0 * b_h * (1.0 - b_s))
 
 
 @triton.jit
@@ -229,17 +260,17 @@ def sums_kernel(
     p_rstd,
     p_dz,
     p_dzx,
-    C,
     P,
-    G,
     tiles,
     chunks,
     s_b,
     s_c,
     s_p,
+    C: tl.constexpr,
     CG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr,
     LONG: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -247,26 +278,26 @@ def sums_kernel(
     i_c, i_chunk, i_b = place(tl.cdiv(C, BLOCK_C), chunks, False)
     b_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = b_c < C
-    b_g = i_b * G + b_c // CG
-    b_mean, b_rstd = per_channel(p_mean, b_g, m_c), per_channel(p_rstd, b_g, m_c)
-    b_weight, b_bias = per_channel(p_weight, b_c, m_c), per_channel(p_bias, b_c, m_c)
-    i_base = i_b.to(tl.int64) * s_b + (i_c * BLOCK_C).to(tl.int64) * s_c
+    b_g = i_b * (C // CG) + b_c // CG
+    b_mean, b_rstd = per_channel(p_mean, b_g, m_c, EVEN), per_channel(p_rstd, b_g, m_c, EVEN)
+    b_weight, b_bias = per_channel(p_weight, b_c, m_c, EVEN), per_channel(p_bias, b_c, m_c, EVEN)
+    b_half_weight, b_half_bias = b_rstd * b_weight * 0.5, b_bias * 0.5
+    p_x += i_b.to(tl.int64) * s_b + (i_c * BLOCK_C).to(tl.int64) * s_c
+    p_dy += i_b.to(tl.int64) * s_b + (i_c * BLOCK_C).to(tl.int64) * s_c
     i_x = offsets(s_c, s_p, BLOCK_P, BLOCK_C, LONG)
-    b_dz_sum = tl.zeros([BLOCK_C], dtype=tl.float32)
-    b_dzx_sum = tl.zeros([BLOCK_C], dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_C], dtype=tl.float32)  # of 2 dz
+    b_off_sum = tl.zeros([BLOCK_C], dtype=tl.float32)  # of 2 dz (x - mean)
     for i_tile in range(tiles):
         i_first = (i_chunk * tiles + i_tile) * BLOCK_P
         m = (i_first + tl.arange(0, BLOCK_P) < P)[:, None] & m_c[None, :]
-        i_tile_first = i_base + i_first.to(tl.int64) * s_p
-        b_x = tl.load(p_x + i_tile_first + i_x, mask=m, other=0.0).to(tl.float32)
-        b_dy = tl.load(p_dy + i_tile_first + i_x, mask=m, other=0.0).to(tl.float32)  # 0 outside: adds nothing
-        b_xhat = (b_x - b_mean) * b_rstd
-        b_dz = b_dy * slope(b_xhat * b_weight + b_bias, FAST)
-        b_dz_sum += tl.sum(b_dz, 0)
-        b_dzx_sum += tl.sum(b_dz * b_xhat, 0)
+        b_off = load(p_x + i_first.to(tl.int64) * s_p + i_x, m, EVEN, "") - b_mean
+        b_dy = load(p_dy + i_first.to(tl.int64) * s_p + i_x, m, EVEN, "")  # 0 outside: nothing is added there
+        b_twice = b_dy * slope(b_off * b_half_weight + b_half_bias, FAST)
+        b_sum += tl.sum(b_twice, 0)
+        b_off_sum += tl.sum(b_twice * b_off, 0)
     i_out = (i_b.to(tl.int64) * chunks + i_chunk) * C + b_c
-    tl.store(p_dz + i_out, b_dz_sum, mask=m_c)
-    tl.store(p_dzx + i_out, b_dzx_sum, mask=m_c)
+    store(p_dz + i_out, 0.5 * b_sum, m_c, EVEN)
+    store(p_dzx + i_out, 0.5 * b_off_sum * tl.sum(b_rstd, 0), m_c, EVEN)  # a sum over one row
 
 
 @triton.jit
@@ -338,15 +369,15 @@ def gradient_kernel(
     p_rstd,
     p_mean_g,
     p_mean_gx,
-    C,
     P,
-    G,
     s_b,
     s_c,
     s_p,
+    C: tl.constexpr,
     CG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr,
     LONG: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -357,16 +388,17 @@ def gradient_kernel(
     m = (i_p * BLOCK_P + tl.arange(0, BLOCK_P) < P)[:, None] & m_c[None, :]
     i_first = i_b.to(tl.int64) * s_b + (i_c * BLOCK_C).to(tl.int64) * s_c + (i_p * BLOCK_P).to(tl.int64) * s_p
     i_x = offsets(s_c, s_p, BLOCK_P, BLOCK_C, LONG)
-    b_x = tl.load(p_x + i_first + i_x, mask=m, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    b_dy = tl.load(p_dy + i_first + i_x, mask=m, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    b_g = i_b * G + b_c // CG
-    b_mean, b_rstd = per_channel(p_mean, b_g, m_c), per_channel(p_rstd, b_g, m_c)
-    b_mean_g, b_mean_gx = per_channel(p_mean_g, b_g, m_c), per_channel(p_mean_gx, b_g, m_c)
-    b_weight, b_bias = per_channel(p_weight, b_c, m_c), per_channel(p_bias, b_c, m_c)
-    b_xhat = (b_x - b_mean) * b_rstd
-    b_dz = b_dy * slope(b_xhat * b_weight + b_bias, FAST)
-    b_dx = b_rstd * (b_dz * b_weight - b_mean_g - b_xhat * b_mean_gx)
-    tl.store(p_dx + i_first + i_x, b_dx.to(p_dx.dtype.element_ty), mask=m)
+    b_x = load(p_x + i_first + i_x, m, EVEN, "evict_first")
+    b_dy = load(p_dy + i_first + i_x, m, EVEN, "evict_first")
+    b_g = i_b * (C // CG) + b_c // CG
+    b_mean, b_rstd = per_channel(p_mean, b_g, m_c, EVEN), per_channel(p_rstd, b_g, m_c, EVEN)
+    b_mean_g, b_mean_gx = per_channel(p_mean_g, b_g, m_c, EVEN), per_channel(p_mean_gx, b_g, m_c, EVEN)
+    b_weight, b_bias = per_channel(p_weight, b_c, m_c, EVEN), per_channel(p_bias, b_c, m_c, EVEN)
+    b_half_weight = b_rstd * b_weight * 0.5
+    b_off = b_x - b_mean
+    b_twice = b_dy * slope(b_off * b_half_weight + b_bias * 0.5, FAST)
+    b_dx = b_twice * b_half_weight - (b_rstd * b_mean_g + b_off * (b_rstd * b_rstd * b_mean_gx))
+    store(p_dx + i_first + i_x, b_dx, m, EVEN)
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -374,28 +406,27 @@ def gradient_kernel(
 
 @cache
 def _tiles(channels: int, pixels: int, last: bool) -> tuple[Tile, ...]:
-    """The candidates for one format and size; a rule puts one of them first for reading, another for writing."""
+    """The candidates for one format and size."""
     if not last:
         return CONTIGUOUS if pixels >= 512 else SMALL
-    return NARROW if channels <= 32 else CHANNELS_LAST if channels > 64 else CHANNELS_LAST[:3]
+    fitting = [tile for tile in CHANNELS_LAST if tile.block_c <= common.pow2(channels)]
+    return tuple(fitting) if channels > 32 else NARROW
 
 
 @cache
 def _reading(channels: int, pixels: int, last: bool) -> Tile:
-    """For statistics and sums: the longest chunks that still make enough programs of one sample."""
-    tiles = _tiles(channels, pixels, last)
-    longest_first = [tile for tile in tiles if tile.block_c == tiles[0].block_c]
-    for tile in longest_first:
-        if triton.cdiv(pixels, tile.block_p) * triton.cdiv(channels, tile.block_c) >= MIN_PROGRAMS:
-            return tile
-    return longest_first[-1]
+    """The rule for statistics and sums: the longest chunks that still make enough programs of one sample."""
+    if not last or channels <= 32:
+        return _tiles(channels, pixels, last)[0]
+    tiles = CHANNELS_LAST[:3]
+    enough = (t for t in tiles if triton.cdiv(pixels, t.block_p) * triton.cdiv(channels, t.block_c) >= MIN_PROGRAMS)
+    return next(enough, tiles[-1])
 
 
 @cache
 def _writing(channels: int, pixels: int, last: bool) -> Tile:
-    """For y and dx: 4 warps, whole lines of the widest tile that wastes no channels."""
-    tiles = [tile for tile in _tiles(channels, pixels, last) if tile.num_warps == 4]
-    return min(tiles, key=lambda tile: (triton.cdiv(channels, tile.block_c) * tile.block_c, -tile.block_c))
+    """The rule for y and dx, which reduce nothing."""
+    return CHANNELS_LAST[1] if last and channels > 32 else _tiles(channels, pixels, last)[0]
 
 
 def _group_rule(batch: int, sample: int, cached: int) -> int:
@@ -424,10 +455,21 @@ class _Image(NamedTuple):
     strides: tuple[int, int, int]
 
     def constants(self, tile: Tile) -> dict[str, int]:
-        _, s_c, s_p = self.strides
+        """What kernels that read the image are compiled for."""
+        (tiles, chunks), (_, s_c, s_p) = self.chunks(tile), self.strides
         reach = (tile.block_c - 1) * s_c + (tile.block_p - 1) * s_p
-        long = reach >= MAX_OFFSET
-        return {"BLOCK_P": tile.block_p, "BLOCK_C": tile.block_c, "LONG": long, "num_warps": tile.num_warps}
+        return {
+            "C": self.channels,
+            "BLOCK_P": tile.block_p,
+            "BLOCK_C": tile.block_c,
+            "EVEN": self.channels % tile.block_c == 0 and self.pixels == chunks * tiles * tile.block_p,
+            "LONG": reach >= MAX_OFFSET,
+            "num_warps": tile.num_warps,
+        }
+
+    def formula(self, tile: Tile, groups: int) -> dict[str, int]:
+        """The same for those that also normalise."""
+        return {**self.constants(tile), "CG": self.channels // groups, "FAST": common.fast(self.dense.dtype)}
 
     @property
     def size(self) -> tuple[int, int, bool]:
@@ -498,14 +540,13 @@ def _statistics(image: _Image, eps: float, mean: Tensor, rstd: Tensor, tile: Til
     tiles, chunks = image.chunks(tile)
     part = _room(image, tile)
     moments_kernel[(batch * chunks * triton.cdiv(channels, tile.block_c),)](
-        image.dense, part[0], part[1], channels, pixels, tiles, chunks, *image.strides, **image.constants(tile)
+        image.dense, part[0], part[1], pixels, tiles, chunks, *image.strides, **image.constants(tile)
     )
     _merge(part, pixels, tiles * tile.block_p, eps, mean, rstd)
 
 
 def _apply(image: _Image, y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, tile: Tile) -> None:
     """Fill ``y``, which has the strides of ``image.dense``."""
-    groups = mean.shape[1]
     apply_kernel[image.grid(tile)](
         image.dense,
         y,
@@ -513,13 +554,9 @@ def _apply(image: _Image, y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor,
         bias,
         mean,
         rstd,
-        image.channels,
         image.pixels,
-        groups,
         *image.strides,
-        CG=image.channels // groups,
-        FAST=common.fast(image.dense.dtype),
-        **image.constants(tile),
+        **image.formula(tile, mean.shape[1]),
     )
 
 
@@ -616,15 +653,11 @@ def _sums(image: _Image, saved: _Saved, dz: Tensor, dzx: Tensor, tile: Tile) -> 
         *saved,
         part[0],
         part[1],
-        channels,
         image.pixels,
-        groups,
         tiles,
         chunks,
         *image.strides,
-        CG=channels // groups,
-        FAST=common.fast(image.dense.dtype),
-        **image.constants(tile),
+        **image.formula(tile, groups),
     )
     means = torch.empty((2, batch, groups), dtype=torch.float32, device=part.device)
     merge_sums_kernel[(batch * groups,)](
@@ -646,7 +679,6 @@ def _sums(image: _Image, saved: _Saved, dz: Tensor, dzx: Tensor, tile: Tile) -> 
 
 def _gradient(image: _Image, saved: _Saved, means: Tensor, dx: Tensor, tile: Tile) -> None:
     """Fill ``dx``, which has the strides of ``image.dense``."""
-    groups = saved.mean.shape[1]
     gradient_kernel[image.grid(tile)](
         image.dense,
         saved.dy,
@@ -654,13 +686,9 @@ def _gradient(image: _Image, saved: _Saved, means: Tensor, dx: Tensor, tile: Til
         *saved[1:],
         means[0],
         means[1],
-        image.channels,
         image.pixels,
-        groups,
         *image.strides,
-        CG=image.channels // groups,
-        FAST=common.fast(image.dense.dtype),
-        **image.constants(tile),
+        **image.formula(tile, saved.mean.shape[1]),
     )
 
 
@@ -719,29 +747,28 @@ def backward(
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """Every launch that the tiles allow, for activations of ``dtype`` and fp32 parameters."""
-    name, fast = common.short_name(dtype), nvidia and dtype == torch.bfloat16
-    found = [
-        Build(parameters_kernel, {"BLOCK_B": 16, "BLOCK_C": 64}, {}, {"num_warps": 4}),
-    ]
+    found = [Build(parameters_kernel, {"BLOCK_B": 16, "BLOCK_C": 64}, {}, {"num_warps": 4})]
     for per_group in (1, 8, 28):
         constants = _merge_constants(per_group)
         options = {"num_warps": constants.pop("num_warps")}
         found += [Build(kernel, constants, {}, options) for kernel in (merge_moments_kernel, merge_sums_kernel)]
-    for tile in (*CHANNELS_LAST, *NARROW):
-        found += _tile_builds(tile, {"s_c": 1, "LONG": False}, ("C", "P", "s_b", "s_p"), name, fast)
-    for tile in (*CONTIGUOUS, *SMALL):
-        found += _tile_builds(tile, {"s_p": 1, "LONG": False}, ("C", "P", "s_b", "s_c"), name, fast)
-    return found + _tile_builds(CONTIGUOUS[0], {"s_p": 1, "LONG": True}, ("C", "P", "s_b", "s_c"), name, fast)
+    fast = nvidia and dtype == torch.bfloat16
+    for even in (True, False):
+        for tile in (*CHANNELS_LAST, *NARROW):
+            found += _tile_builds(dtype, tile, ("P", "s_b", "s_p"), fast, s_c=1, EVEN=even, LONG=False)
+        for tile in (*CONTIGUOUS, *SMALL):
+            found += _tile_builds(dtype, tile, ("P", "s_b", "s_c"), fast, s_p=1, EVEN=even, LONG=False)
+    return found + _tile_builds(dtype, CONTIGUOUS[0], ("P", "s_b", "s_c"), fast, s_p=1, EVEN=False, LONG=True)
 
 
-def _tile_builds(tile: Tile, more: Mapping[str, int], sizes: tuple[str, ...], x: str, fast: bool) -> list[Build]:
+def _tile_builds(dtype: torch.dtype, tile: Tile, sizes: tuple[str, ...], fast: bool, **constants: Any) -> list[Build]:
     """The four kernels that read images."""
-    constants = {**more, "BLOCK_P": tile.block_p, "BLOCK_C": tile.block_c}
-    formula = {**constants, "CG": 8, "FAST": fast}
-    options = {"num_warps": tile.num_warps}
-    return [
-        Build(moments_kernel, constants, {"p_x": x}, options, sizes),
-        Build(apply_kernel, formula, {"p_x": x, "p_y": x}, options, sizes),
-        Build(sums_kernel, formula, {"p_x": x, "p_dy": x}, options, sizes),
-        Build(gradient_kernel, formula, {"p_x": x, "p_dy": x, "p_dx": x}, options, sizes),
+    images = {
+        apply_kernel: ("p_x", "p_y"),
+        sums_kernel: ("p_x", "p_dy"),
+        gradient_kernel: ("p_x", "p_dy", "p_dx"),
+    }
+    return [common.build(moments_kernel, dtype, ("p_x",), tile, sizes, C=256, **constants)] + [
+        common.build(kernel, dtype, pointers, tile, sizes, C=256, CG=8, FAST=fast, **constants)
+        for kernel, pointers in images.items()
     ]
