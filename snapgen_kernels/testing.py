@@ -510,3 +510,12 @@ def small_cases(op: str) -> list[Case]:
 def bench_cases(op: str) -> list[Case]:
     """The cases of ``op`` in the model's own shapes."""
     return [case for case in CASES[op] if case.bench]
+
+
+def model_shapes(batch: int | None = None) -> dict[str, list[dict[str, int]]]:
+    """The model's own shapes per op, as ``snapgen_kernels.warmup`` takes them; ``batch`` replaces their batch size."""
+    sizes = {op: {case.name: dict(case.dims) for case in bench_cases(op)} for op in SPECS}
+    return {
+        op: [dims if batch is None else {**dims, "B": batch} for dims in by_name.values()]
+        for op, by_name in sizes.items()
+    }

@@ -17,22 +17,24 @@ from torch import Tensor
 
 
 @triton.jit
+def tanh_approx(b_x):
+    """tanh by one instruction (relative error 2^-11, enough for bf16), NVIDIA only."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def sigmoid(b_z, FAST: tl.constexpr):
-    """1 / (1 + exp(-z)). FAST: by one tanh.approx (relative error 2^-11, enough for bf16), NVIDIA only."""
+    """1 / (1 + exp(-z)). FAST: see :func:`tanh_approx`."""
     if FAST:
-        b_t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * b_z], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return 0.5 * b_t + 0.5
+        return 0.5 * tanh_approx(0.5 * b_z) + 0.5
     else:
         return 1.0 / (1.0 + tl.exp(-b_z))
 
 
 @triton.jit
 def silu_of_half(b_h):
-    """z sigmoid(z) of h = z / 2, by one tanh.approx (relative error 2^-11, enough for bf16), NVIDIA only."""
-    b_t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [b_h], dtype=tl.float32, is_pure=True, pack=1)
-    return b_h * b_t + b_h
+    """z sigmoid(z) of h = z / 2; see :func:`tanh_approx`."""
+    return b_h * tanh_approx(b_h) + b_h
 
 
 @triton.jit
@@ -77,6 +79,16 @@ def _capability(index: int) -> int:
 def capability(tensor: Tensor) -> int:
     """Compute capability of the tensor's GPU, times 10; an H200's where there is none."""
     return _capability(tensor.get_device()) if tensor.is_cuda else 90
+
+
+@cache
+def _cache_bytes(index: int) -> int:
+    return torch.cuda.get_device_properties(index).L2_cache_size
+
+
+def cache_bytes(tensor: Tensor) -> int:
+    """Bytes of the L2 cache of the tensor's GPU; an H200's where there is none (under the interpreter)."""
+    return _cache_bytes(tensor.get_device()) if tensor.is_cuda else 60 << 20
 
 
 def pow2(n: int) -> int:
