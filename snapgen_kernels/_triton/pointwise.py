@@ -341,22 +341,28 @@ ENDINGS = (
 IMAGES = ("p_d", "p_y", "p_w", "p_bias", "p_shift", "p_residual", "p_xs", "p_ws")
 
 
+def precisions(dtype: torch.dtype, nvidia: bool) -> tuple[str, ...]:
+    """What :func:`common.precision` may give."""
+    return ("ieee", "tf32") if dtype == torch.float32 and nvidia else ("ieee",)
+
+
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The kernel in every config that the launchers may choose: the block's two halves, its shortcut, a backward."""
-    flags: dict[str, Any] = {"EVEN_K": True, "PRECISION": "ieee"}
-    return [
-        common.build(
-            pointwise_kernel,
-            dtype,
-            IMAGES,
-            config,
-            ("P", "K", "N", "KS"),
-            products=dtype != torch.float32,
-            since=since(config),
-            **flags,
-            **ending,
-            TRANSPOSED=not any(ending.values()),
-        )
-        for ending in ENDINGS
-        for config in product_configs(dtype, nvidia, 90, ending["HAS_SHORTCUT"])
-    ]
+    found: list[Build] = []
+    for ending in ENDINGS:
+        for config in product_configs(dtype, nvidia, 90, ending["HAS_SHORTCUT"]):
+            for precision in precisions(dtype, nvidia):
+                flags: dict[str, Any] = {**ending, "EVEN_K": True, "TRANSPOSED": not any(ending.values())}
+                listed = common.build(
+                    pointwise_kernel,
+                    dtype,
+                    IMAGES,
+                    config,
+                    ("P", "K", "N", "KS"),
+                    products=dtype != torch.float32 or precision == "tf32",
+                    since=since(config),
+                    PRECISION=precision,
+                    **flags,
+                )
+                found.append(listed)
+    return found
