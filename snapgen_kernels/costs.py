@@ -24,8 +24,10 @@ Backward: ``product`` of dy (Q O e + Q C e), ``depthwise`` once more, ``weight g
 partials that ``sum of partials`` adds up), ``depthwise backward`` (Q C e + 2 P C e), ``norm gradient`` (3 P C e, + P C
 e where something is added).
 
-A split plan may work through blocks of a few samples, so that the output of ``depthwise`` stays in the L2 cache; its
-bytes then cost the cache's rate.
+A norm alone reads x twice, for its statistics and to apply them; its backward reads x and dy twice.
+
+A blocked plan works through a few samples at a time, so that what is read soon after (the output of ``depthwise``, the
+input of a norm) stays in the L2 cache; its bytes then cost the cache's rate.
 """
 
 from __future__ import annotations
@@ -147,13 +149,13 @@ class Half(NamedTuple):
         return inputs / outputs
 
 
-def samples_in_cache(half: Half, rates: Rates = H200) -> int:
-    """Samples per block, as even as can be, so that a block's scratch stays in the L2 cache; all of them where one
-    sample alone is too large."""
-    fitting = rates.cache * half.batch // max(half.scratch, 1)
-    if not 0 < fitting < half.batch:
-        return half.batch
-    return math.ceil(half.batch / math.ceil(half.batch / fitting))
+def samples_in_cache(batch: int, moved: int, rates: Rates = H200) -> int:
+    """Samples per block, as even as can be, so that a block's share of ``moved`` bytes stays in the L2 cache; all of
+    them where one sample alone is too large."""
+    fitting = rates.cache * batch // max(moved, 1)
+    if not 0 < fitting < batch:
+        return batch
+    return math.ceil(batch / math.ceil(batch / fitting))
 
 
 def forward(half: Half, form: str = "split", rates: Rates = H200) -> list[Kernel]:
@@ -167,13 +169,9 @@ def forward(half: Half, form: str = "split", rates: Rates = H200) -> list[Kernel
         found.append(Kernel("merge", partials))
     if form == "fused":
         return [*found, _fused(half)]
-    samples = samples_in_cache(half, rates) if form == "blocked" else half.batch
-    stays = half.scratch * samples <= rates.cache * half.batch
-    launches = math.ceil(half.batch / max(samples, 1))
-    return [
-        *found,
-        *(kernel._replace(launches=launches) for kernel in (_depthwise(half, stays), _product(half, stays))),
-    ]
+    stays, launches = _blocks(half.batch, half.scratch, form, rates)
+    found += [kernel._replace(launches=launches) for kernel in (_depthwise(half, stays), _product(half, stays))]
+    return found
 
 
 def backward(half: Half, adds: bool = False) -> list[Kernel]:
@@ -202,14 +200,17 @@ def backward(half: Half, adds: bool = False) -> list[Kernel]:
     return found
 
 
-def kernels(op: str, dims: Mapping[str, int], itemsize: int, mode: str, form: str = "split") -> list[Kernel]:
+def kernels(
+    op: str, dims: Mapping[str, int], itemsize: int, mode: str, form: str = "split", rates: Rates = H200
+) -> list[Kernel]:
     """Every kernel of a call of one of ``OPS``, in order. ``dims`` has the names of ``snapgen_kernels.testing``;
-    ``mode`` is ``fwd`` or ``bwd``, and ``form`` one of ``FORMS`` (a backward and a norm alone have one form)."""
+    ``mode`` is ``fwd`` or ``bwd``, and ``form`` one of ``FORMS``. A convolution's backward has one form; a norm alone
+    is never fused with anything."""
     if op == "group_norm_silu":
-        return _norm(dims, itemsize, mode)
+        return _norm(dims, itemsize, mode, form, rates)
     halves = _halves(op, dims, itemsize)
     if mode == "fwd":
-        parts = [forward(half, form) for half in halves]
+        parts = [forward(half, form, rates) for half in halves]
     else:
         # The block's input also reaches its output past both halves.
         parts = [backward(half, adds=len(halves) == 2 and half is halves[0]) for half in halves]
@@ -258,6 +259,15 @@ def choose_plan(
     return min(_plans(half, rates), key=lambda plan: plan.seconds)
 
 
+def plans(op: str, dims: Mapping[str, int], itemsize: int, rates: Rates = H200) -> list[Plan]:
+    """:func:`choose_plan` for each half of a call of one of ``OPS``; a norm alone has none."""
+    return [
+        choose_plan(*half[:6], norm=half.norm, stride=half.stride, upsample=half.upsample, residual=half.residual,
+                    shortcut=half.shortcut, rates=rates)
+        for half in _halves(op, dims, itemsize)
+    ]  # fmt: skip
+
+
 def total(found: Sequence[Kernel], rates: Rates) -> float:
     """The kernels' floors one after the other, in seconds."""
     return sum(kernel.floor(rates) for kernel in found)
@@ -265,9 +275,15 @@ def total(found: Sequence[Kernel], rates: Rates) -> float:
 
 def _plans(half: Half, rates: Rates) -> Iterator[Plan]:
     for form in FORMS:
-        samples = samples_in_cache(half, rates) if form == "blocked" else half.batch
+        samples = samples_in_cache(half.batch, half.scratch, rates) if form == "blocked" else half.batch
         seconds = sum(kernel.seconds(rates) for kernel in forward(half, form, rates) if kernel.name != "merge")
         yield Plan("fused" if form == "fused" else "split", samples, seconds)
+
+
+def _blocks(batch: int, moved: int, form: str, rates: Rates) -> tuple[bool, int]:
+    """Whether a block's share of ``moved`` bytes stays in the L2 cache, and how many blocks there are."""
+    samples = samples_in_cache(batch, moved, rates) if form == "blocked" else batch
+    return moved * samples <= rates.cache * batch, math.ceil(batch / max(samples, 1))
 
 
 def _silu(itemsize: int) -> int:
@@ -317,7 +333,7 @@ def _multiply(name: str, half: Half, elements: int, channels: int) -> Kernel:
 
 
 def _with_product(kernel: Kernel, half: Half, channels: int) -> Kernel:
-    """``kernel`` with a product of all output pixels by ``channels`` by the outputs; in fp32 it runs on vector units."""
+    """``kernel`` with a product of all output pixels by ``channels`` by the outputs; fp32 takes vector units."""
     flops = 2 * half.pixels_out * channels * half.outputs
     if half.itemsize == 2:
         return kernel._replace(products=kernel.products + flops)
@@ -335,26 +351,34 @@ def _weight_gradient(name: str, half: Half, channels: int) -> list[Kernel]:
     ]
 
 
-def _norm(dims: Mapping[str, int], itemsize: int, mode: str) -> list[Kernel]:
+def _norm(dims: Mapping[str, int], itemsize: int, mode: str, form: str, rates: Rates) -> list[Kernel]:
     pixels, channels = dims["B"] * dims["H"] * dims["W"], dims["C"]
     elements, partials = pixels * channels, _partials(pixels, channels)
     one = elements * itemsize
     special = _silu(itemsize) * elements
+    read = one if mode == "fwd" else 2 * one  # x, or x and dy: once for the sums and once more
+    stays, launches = _blocks(dims["B"], read, form, rates)
+    again = dict(bytes=one + (0 if stays else read), cached=read if stays else 0, special=special)
+    merge = Kernel("merge", partials)
     if mode == "fwd":
-        return [
-            Kernel("moments", one + partials, vector=4 * elements),
-            Kernel("merge", partials),
-            Kernel("apply", 2 * one, vector=_EVALUATION * elements, special=special),
+        found = [
+            Kernel("moments", read + partials, vector=4 * elements),
+            merge,
+            Kernel("apply", vector=_EVALUATION * elements, **again),
         ]
-    return [
-        Kernel("sums", 2 * one + partials, vector=12 * elements, special=special),
-        Kernel("merge", partials),
-        Kernel("parameters", 8 * dims["B"] * channels),
-        Kernel("gradient", 3 * one, vector=16 * elements, special=special),
+        return [kernel._replace(launches=launches) for kernel in found]
+    found = [
+        Kernel("sums", read + partials, vector=12 * elements, special=special),
+        merge,
+        Kernel("gradient", vector=16 * elements, **again),
     ]
+    parameters = Kernel("parameters", 8 * dims["B"] * channels)
+    return [*(kernel._replace(launches=launches) for kernel in found), parameters]
 
 
 def _halves(op: str, dims: Mapping[str, int], itemsize: int) -> list[Half]:
+    if op == "group_norm_silu":
+        return []
     size = (dims["H"], dims["W"], itemsize)
     if op == "sepconv":
         flags = dict(upsample=bool(dims.get("upsample")), residual=bool(dims.get("residual")))

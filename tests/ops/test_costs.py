@@ -56,6 +56,18 @@ def test_a_backward_adds_what_passes_beside_the_block() -> None:
     assert set(projected) - set(names) == {"2: shortcut of dy", "2: shortcut weight gradient"}
 
 
+def test_a_norm_reads_its_input_twice_unless_it_stays_in_the_cache() -> None:
+    dims = {"B": 16, "C": 256, "H": 128, "W": 128, "G": 32}
+    unit = 16 * 128 * 128 * 256 * 2
+    _, _, whole = kernels("group_norm_silu", dims, 2, "fwd")
+    first, _, apply = kernels("group_norm_silu", dims, 2, "fwd", "blocked")
+    assert (whole.bytes, whole.cached, whole.launches) == (2 * unit, 0, 1)
+    assert (apply.bytes, apply.cached, apply.launches) == (unit, unit, 8) and first.launches == 8
+    assert kernels("group_norm_silu", {**dims, "B": 1}, 2, "fwd")[2].cached == unit // 16
+    gradient = {kernel.name: kernel for kernel in kernels("group_norm_silu", dims, 2, "bwd")}["gradient"]
+    assert gradient.bytes == 3 * unit
+
+
 def test_fp32_products_run_on_vector_units_and_need_two_special_results() -> None:
     half, single = (kernels("resblock", BLOCK, size, "fwd") for size in (2, 4))
     for narrow, wide in zip(half, single, strict=True):
@@ -108,7 +120,7 @@ def test_every_shape_has_a_plan(
 @given(st.integers(1, 40), sizes, sizes)
 def test_blocks_are_even_and_fit(batch: int, channels: int, side: int) -> None:
     half = Half(batch, channels, channels, side, side, 2)
-    samples = samples_in_cache(half)
+    samples = samples_in_cache(batch, half.scratch)
     if samples < batch:
         assert half.scratch * samples <= H200.cache * batch
         assert samples * (math.ceil(batch / samples) - 1) < batch
