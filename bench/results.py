@@ -53,6 +53,11 @@ class Row:
     snapgen: str
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU: its variant is a compute capability."""
+        return self.variant.startswith("sm_")
+
+    @property
     def gflops(self) -> float:
         """GFLOP/s at the median."""
         return self.flops / self.p50_ms / 1e6
