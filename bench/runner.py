@@ -144,6 +144,7 @@ def _time(
                     found = prepared.outputs(prepared.call())  # compilers compile now
                     if not train and provider.name not in OURS:
                         _same_as_eager(case, plan.device, found)
+                    del found  # and with it all that its graph keeps
                     step = training_step(prepared) if train and not prepared.whole else inference_step(prepared)
                     if not prepared.whole or not provider.in_torch:
                         clock(step)

@@ -165,7 +165,7 @@ def _us(seconds: float) -> str:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 _NAMES = ("mode", "plan", "kernel")
