@@ -37,8 +37,8 @@ _README = {
 # stand for all of theirs.
 _GPU_RESBLOCK = {
     "group_norm_silu": ("256ch-128",),
-    "sepconv": ("256ch-128-b8", "512ch-64-b8", "896ch-32-b8", "down-256-b8", "up-512-b8"),
     "resblock": ("256ch-128", "512ch-64", "896ch-32"),
+    "sepconv": ("256ch-128-b8", "512ch-64-b8", "896ch-32-b8", "down-256-b8", "up-512-b8"),
 }
 
 # --quick: the stages of the model where one op alone is quick, and one shape of the rest.

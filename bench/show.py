@@ -165,7 +165,8 @@ def _us(seconds: float) -> str:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    decimals = next((d for d, limit in ((4, 0.1), (3, 1), (2, 10)) if value < limit), 1)
+    return f"{value:.{decimals}f}"
 
 
 _NAMES = ("mode", "plan", "kernel")

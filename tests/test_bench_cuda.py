@@ -175,9 +175,11 @@ def test_what_the_forward_leaves_is_what_is_there_before_the_backward(monkeypatc
 def test_a_whole_run_on_a_simulated_gpu(gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "measure", lambda device, dtypes, seconds: limits.assumed(device))
     monkeypatch.setattr(Event, "elapsed_time", lambda start, end: 1.0)  # what is computed is computed by the CPU
-    out = tmp_path / "rows.csv"
-    code, text = run("--device", "cuda", *SMALL, "--providers", "fused,eager,eager-nchw", "--out", str(out))
+    out, picture = tmp_path / "rows.csv", tmp_path / "run.png"
+    files = ("--out", str(out), "--plot", str(picture))
+    code, text = run("--device", "cuda", *SMALL, "--providers", "fused,eager,eager-nchw", *files)
     assert code == 0, text
+    assert picture.stat().st_size > 1000
     rows = read(out)
     missing = [_backend.missing_kernel("group_norm_silu", device) for device in ("cpu", "cuda")]
     fused = {"fused"} if missing == [None, None] else set()
