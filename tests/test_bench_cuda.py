@@ -20,7 +20,7 @@ from bench.providers.compiled import Compiled, release
 from bench.providers.eager import drawn
 from bench.results import Row, read
 from bench.timing import Clock, interleaved, kept_bytes
-from snapgen_kernels import _backend, costs
+from snapgen_kernels import _backend, checks, costs
 from snapgen_kernels.testing import small_cases
 
 SMALL = ("--small", "--suite", "group_norm_silu", "--case", "one-pixel", "--seconds", "0.02")
@@ -167,6 +167,19 @@ def test_what_the_forward_leaves_is_what_is_there_before_the_backward(monkeypatc
     held = [100]
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
     assert kept_bytes([lambda: held.__setitem__(0, 175), lambda: held.__setitem__(0, 90)]) == 75
+
+
+def test_poisoned_memory_does_not_refuse_what_cublas_does() -> None:
+    """Deterministic algorithms that are only asked for, and no longer than wanted."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with checks.poisoned_memory():
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+            assert torch.empty(3).isnan().all()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # ---- a whole run -----------------------------------------------------------------------------------------------------
