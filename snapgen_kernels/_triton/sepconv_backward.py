@@ -107,42 +107,68 @@ def _weights(p_weight, b_c, m_c, ROW: tl.constexpr):
     return b_0, b_1, b_2
 
 
+# Multiply-adds are spelled out: left to itself, LLVM makes vectors of sums and products that do not belong together, and
+# pads them with products by one.
 @triton.jit
-def _dot(weights, taps):
-    return weights[0] * taps[0] + weights[1] * taps[1] + weights[2] * taps[2]
+def _dot(weights_0, weights_1, weights_2, taps_0, taps_1, taps_2):
+    """The sum over the nine taps."""
+    b_sum = weights_0[0] * taps_0[0]
+    b_sum = tl.fma(weights_0[1], taps_0[1], b_sum)
+    b_sum = tl.fma(weights_0[2], taps_0[2], b_sum)
+    b_sum = tl.fma(weights_1[0], taps_1[0], b_sum)
+    b_sum = tl.fma(weights_1[1], taps_1[1], b_sum)
+    b_sum = tl.fma(weights_1[2], taps_1[2], b_sum)
+    b_sum = tl.fma(weights_2[0], taps_2[0], b_sum)
+    b_sum = tl.fma(weights_2[1], taps_2[1], b_sum)
+    return tl.fma(weights_2[2], taps_2[2], b_sum)
 
 
 @triton.jit
 def _grown(sums, b_a, taps):
     """``sums`` + a * taps: the gradients of three weights."""
-    return sums[0] + b_a * taps[0], sums[1] + b_a * taps[1], sums[2] + b_a * taps[2]
+    return tl.fma(b_a, taps[0], sums[0]), tl.fma(b_a, taps[1], sums[1]), tl.fma(b_a, taps[2], sums[2])
 
 
 @triton.jit
-def _activation(b_x, m, affine, HAS_NORM: tl.constexpr, FAST: tl.constexpr):
-    """a (0 outside of the image), its derivative by z, and xhat. affine: mean, rstd, norm weight, norm bias."""
-    if HAS_NORM:
-        b_xhat = (b_x.to(tl.float32) - affine[0]) * affine[1]
-        b_z = b_xhat * affine[2] + affine[3]
-        b_s = common.sigmoid(b_z, FAST)
-        b_a = b_z * b_s
-        return tl.where(m, b_a, 0.0), b_s + b_a * (1.0 - b_s), b_xhat
+def silu_and_slope(b_h, FAST: tl.constexpr):
+    """silu(z) and its derivative for z = 2 h; see :func:`common.sigmoid`."""
+    if FAST:
+        b_t = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [b_h], dtype=tl.float32, is_pure=True, pack=1
+        )
+        b_a = tl.fma(b_h, b_t, b_h)
+        b_s = tl.fma(b_t, 0.5, 0.5)
+        return b_a, tl.fma(b_a, 1.0 - b_s, b_s)
     else:
-        b_a = b_x.to(tl.float32)  # 0 outside: so it was loaded
-        return b_a, b_a, b_a
+        b_s = 1.0 / (1.0 + tl.exp(-2.0 * b_h))
+        b_a = 2.0 * b_h * b_s
+        return b_a, b_s + b_a * (1.0 - b_s)
 
 
 @triton.jit
-def _affine(p_mean, p_rstd, p_norm_weight, p_norm_bias, i_group, b_c, m_c, HAS_NORM: tl.constexpr):
-    """mean, rstd, norm weight and norm bias of the channels ``b_c``, whose groups are ``i_group``; each [1, BLOCK_C]."""
+def affine_of(p_mean, p_rstd, p_weight, p_bias, i_group, b_c, m_c, HAS_NORM: tl.constexpr):
+    """mean, rstd, and scale and offset with h = z / 2 = (x - mean) scale + offset, for channels ``b_c`` of groups
+    ``i_group``; each [1, BLOCK_C]."""
     if HAS_NORM:
         b_mean = tl.load(p_mean + i_group, mask=m_c, other=0.0)[None, :]
         b_rstd = tl.load(p_rstd + i_group, mask=m_c, other=0.0)[None, :]
-        b_weight = tl.load(p_norm_weight + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-        b_bias = tl.load(p_norm_bias + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-        return b_mean, b_rstd, b_weight, b_bias
+        b_weight = tl.load(p_weight + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        b_bias = tl.load(p_bias + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        return b_mean, b_rstd, 0.5 * b_rstd * b_weight, 0.5 * b_bias
     else:
-        return 0.0, 0.0, 0.0, 0.0
+        return 0.0, 1.0, 0.0, 0.0
+
+
+@triton.jit
+def _activation(b_x, affine, HAS_NORM: tl.constexpr, FAST: tl.constexpr):
+    """a, its derivative by z, and x - mean."""
+    b_x = b_x.to(tl.float32)
+    if HAS_NORM:
+        b_centered = b_x - affine[0]
+        b_a, b_slope = silu_and_slope(tl.fma(b_centered, affine[2], affine[3]), FAST)
+        return b_a, b_slope, b_centered
+    else:
+        return b_x, b_x, b_x
 
 
 @triton.jit
@@ -152,10 +178,10 @@ def _store_da(p_da, b_off, b_da, m):
 
 
 @triton.jit
-def _norm_sums(sums, b_da, b_slope, b_xhat, m):
-    """``sums`` of dz and dz xhat, grown by those of these positions."""
-    b_dz = tl.where(m, b_da * b_slope, 0.0)
-    return sums[0] + b_dz, sums[1] + b_dz * b_xhat
+def _norm_sums(sums, b_da, b_slope, b_centered):
+    """``sums`` of dz and dz (x - mean), grown by those of these positions."""
+    b_dz = b_da * b_slope
+    return sums[0] + b_dz, tl.fma(b_dz, b_centered, sums[1])
 
 
 @triton.jit
@@ -183,19 +209,20 @@ def depthwise_backward_kernel(
     STRIDE: tl.constexpr,
     UPSAMPLE: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    INPUT: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    BIAS: tl.constexpr,
     FAST: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """da, and per part (a chunk of ``rows`` rows of positions and a block of columns, of one sample) the parts of the
-    gradients of the nine weights and the bias, [10, C], and where HAS_NORM the sums of dz and of dz xhat, [C].
+    gradients of the nine weights and, where BIAS, of the bias, [9 or 10, C], and the sums of dz and of dz xhat, [C].
 
-    INPUT: da (stored unless p_da is None) and the sums. WEIGHTS: the gradients of the weights.
+    p_da, p_dweight, p_dz with p_dzx: None where that is not needed (the sums: nor where there is no norm).
     Grid: B * chunks * cdiv(positions of a row, BLOCK_W) * cdiv(C, BLOCK_C).
     """
     PAIRS: tl.constexpr = STRIDE == 2 and not UPSAMPLE  # a position is two by two pixels of x
+    WEIGHTS: tl.constexpr = p_dweight is not None
+    SUMS: tl.constexpr = p_dz is not None
     width = OW if PAIRS else W
     height = OH if PAIRS else H
     blocks_c, blocks_w = tl.cdiv(C, BLOCK_C), tl.cdiv(width, BLOCK_W)
@@ -205,12 +232,10 @@ def depthwise_backward_kernel(
     b_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     b_w = i_w * BLOCK_W + tl.arange(0, BLOCK_W)
     m_c = b_c < C
-    affine = _affine(p_mean, p_rstd, p_norm_weight, p_norm_bias, i_b * G + b_c // CG, b_c, m_c, HAS_NORM)
-    weights_0, weights_1, weights_2 = (
-        _weights(p_weight, b_c, m_c, 0),
-        _weights(p_weight, b_c, m_c, 1),
-        _weights(p_weight, b_c, m_c, 2),
-    )
+    affine = affine_of(p_mean, p_rstd, p_norm_weight, p_norm_bias, i_b * G + b_c // CG, b_c, m_c, HAS_NORM)
+    weights_0 = _weights(p_weight, b_c, m_c, 0)
+    weights_1 = _weights(p_weight, b_c, m_c, 1)
+    weights_2 = _weights(p_weight, b_c, m_c, 2)
     b_zero = tl.zeros([BLOCK_W, BLOCK_C], dtype=tl.float32)
     grads_0, grads_1, grads_2 = (b_zero, b_zero, b_zero), (b_zero, b_zero, b_zero), (b_zero, b_zero, b_zero)
     b_bias = b_zero
@@ -230,40 +255,45 @@ def depthwise_backward_kernel(
         upper = _columns(p_dd, i_first, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE)
         for i in range(count):
             i_row = i_first + i
-            m_odd = 2 * i_row + 1 < H
             p_even = (2 * i_row).to(tl.int64) * W * C
             p_odd = p_even + W * C
+            m_ol, m_or = m_l & (2 * i_row + 1 < H), m_r & (2 * i_row + 1 < H)
             b_x00 = tl.load(p_x + p_even + b_off_l, mask=m_l, other=0.0)
             b_x01 = tl.load(p_x + p_even + b_off_r, mask=m_r, other=0.0)
-            b_x10 = tl.load(p_x + p_odd + b_off_l, mask=m_l & m_odd, other=0.0)
-            b_x11 = tl.load(p_x + p_odd + b_off_r, mask=m_r & m_odd, other=0.0)
+            b_x10 = tl.load(p_x + p_odd + b_off_l, mask=m_ol, other=0.0)
+            b_x11 = tl.load(p_x + p_odd + b_off_r, mask=m_or, other=0.0)
             lower = _columns(p_dd, i_row + 1, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE)
             b_ul, b_ur = upper[0].to(tl.float32), upper[1].to(tl.float32)
             b_ll, b_lr = lower[0].to(tl.float32), lower[1].to(tl.float32)
             upper = lower
-            b_a00, b_slope00, b_xhat00 = _activation(b_x00, m_l, affine, HAS_NORM, FAST)
-            b_a01, b_slope01, b_xhat01 = _activation(b_x01, m_r, affine, HAS_NORM, FAST)
-            b_a10, b_slope10, b_xhat10 = _activation(b_x10, m_l & m_odd, affine, HAS_NORM, FAST)
-            b_a11, b_slope11, b_xhat11 = _activation(b_x11, m_r & m_odd, affine, HAS_NORM, FAST)
+            b_a00, b_slope00, b_centered00 = _activation(b_x00, affine, HAS_NORM, FAST)
+            b_a01, b_slope01, b_centered01 = _activation(b_x01, affine, HAS_NORM, FAST)
+            b_a10, b_slope10, b_centered10 = _activation(b_x10, affine, HAS_NORM, FAST)
+            b_a11, b_slope11, b_centered11 = _activation(b_x11, affine, HAS_NORM, FAST)
+            b_da00 = weights_1[1] * b_ul
+            b_da01 = weights_1[0] * b_ur + weights_1[2] * b_ul
+            b_da10 = weights_0[1] * b_ll + weights_2[1] * b_ul
+            b_da11 = weights_0[0] * b_lr + weights_0[2] * b_ll + weights_2[0] * b_ur + weights_2[2] * b_ul
+            _store_da(p_da, p_even + b_off_l, b_da00, m_l)
+            _store_da(p_da, p_even + b_off_r, b_da01, m_r)
+            _store_da(p_da, p_odd + b_off_l, b_da10, m_ol)
+            _store_da(p_da, p_odd + b_off_r, b_da11, m_or)
+            # The last row and column of pairs may hang over the edge of x, where dd of inside is still in reach.
             if WEIGHTS:
+                if HAS_NORM:
+                    b_a01, b_a10 = tl.where(m_r, b_a01, 0.0), tl.where(m_ol, b_a10, 0.0)
+                    b_a11 = tl.where(m_or, b_a11, 0.0)
                 grads_0 = (grads_0[0] + b_a11 * b_lr, grads_0[1] + b_a10 * b_ll, grads_0[2] + b_a11 * b_ll)
                 grads_1 = (grads_1[0] + b_a01 * b_ur, grads_1[1] + b_a00 * b_ul, grads_1[2] + b_a01 * b_ul)
                 grads_2 = (grads_2[0] + b_a11 * b_ur, grads_2[1] + b_a10 * b_ul, grads_2[2] + b_a11 * b_ul)
-                b_bias += b_ul
-            if INPUT:
-                b_da00 = weights_1[1] * b_ul
-                b_da01 = weights_1[0] * b_ur + weights_1[2] * b_ul
-                b_da10 = weights_0[1] * b_ll + weights_2[1] * b_ul
-                b_da11 = weights_0[0] * b_lr + weights_0[2] * b_ll + weights_2[0] * b_ur + weights_2[2] * b_ul
-                _store_da(p_da, p_even + b_off_l, b_da00, m_l)
-                _store_da(p_da, p_even + b_off_r, b_da01, m_r)
-                _store_da(p_da, p_odd + b_off_l, b_da10, m_l & m_odd)
-                _store_da(p_da, p_odd + b_off_r, b_da11, m_r & m_odd)
-                if HAS_NORM:
-                    sums = _norm_sums(sums, b_da00, b_slope00, b_xhat00, m_l)
-                    sums = _norm_sums(sums, b_da01, b_slope01, b_xhat01, m_r)
-                    sums = _norm_sums(sums, b_da10, b_slope10, b_xhat10, m_l & m_odd)
-                    sums = _norm_sums(sums, b_da11, b_slope11, b_xhat11, m_r & m_odd)
+                if BIAS:
+                    b_bias += b_ul
+            if SUMS:
+                sums = _norm_sums(sums, b_da00, b_slope00, b_centered00)
+                sums = _norm_sums(sums, tl.where(m_r, b_da01, 0.0), b_slope01, b_centered01)
+                sums = _norm_sums(sums, tl.where(m_ol, b_da10, 0.0), b_slope10, b_centered10)
+                sums = _norm_sums(sums, tl.where(m_or, b_da11, 0.0), b_slope11, b_centered11)
+        m = m_l
     else:
         # A scan down the rows: a row of dd is read once per column of taps, and what is read is used a row later, so
         # that its latency hides behind a row's arithmetic.
@@ -271,27 +301,28 @@ def depthwise_backward_kernel(
         SCALE: tl.constexpr = 2 if DOUBLE else 1
         b_off = b_w[:, None] * C + b_c[None, :]
         m = (b_w < W)[:, None] & m_c[None, :]
-        above = _by_tap(
-            _columns(p_dd, SCALE * i_first - 1, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE), STRIDE, UPSAMPLE
-        )
-        here = _by_tap(_columns(p_dd, SCALE * i_first, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE), STRIDE, UPSAMPLE)
-        next_row = _columns(p_dd, SCALE * i_first + 1, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE)
-        after = next_row
+        i_dd = SCALE * i_first
+        above = _by_tap(_columns(p_dd, i_dd - 1, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE), STRIDE, UPSAMPLE)
+        here = _by_tap(_columns(p_dd, i_dd, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE), STRIDE, UPSAMPLE)
+        coming = _columns(p_dd, i_dd + 1, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE)
+        coming_after = coming
         if DOUBLE:
-            after = _columns(p_dd, SCALE * i_first + 2, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE)
-        b_x = tl.load(p_x + i_first.to(tl.int64) * W * C + b_off, mask=m, other=0.0)
+            coming_after = _columns(p_dd, i_dd + 2, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE)
+        b_coming = tl.load(p_x + i_first.to(tl.int64) * W * C + b_off, mask=m, other=0.0)
         for i in range(count):
             i_row = i_first + i
+            i_dd = SCALE * (i_row + 1)
             p_row = i_row.to(tl.int64) * W * C
-            coming = _columns(p_dd, SCALE * (i_row + 1) + 1, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE)
+            arrived, arrived_after, b_x = coming, coming_after, b_coming
+            coming = _columns(p_dd, i_dd + 1, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE)
             coming_after = coming
             if DOUBLE:
-                coming_after = _columns(p_dd, SCALE * (i_row + 1) + 2, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE)
+                coming_after = _columns(p_dd, i_dd + 2, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE)
             b_coming = tl.load(p_x + p_row + W * C + b_off, mask=m & (i_row + 1 < H), other=0.0)
-            b_a, b_slope, b_xhat = _activation(b_x, m, affine, HAS_NORM, FAST)
-            below = _by_tap(next_row, STRIDE, UPSAMPLE)
+            b_a, b_slope, b_centered = _activation(b_x, affine, HAS_NORM, FAST)
+            below = _by_tap(arrived, STRIDE, UPSAMPLE)
             if DOUBLE:
-                last = _by_tap(after, STRIDE, UPSAMPLE)
+                last = _by_tap(arrived_after, STRIDE, UPSAMPLE)
                 taps_0, taps_1, taps_2 = _plus(below, last), _plus(here, below), _plus(above, here)
                 above, here = below, last
             elif UPSAMPLE:
@@ -300,32 +331,29 @@ def depthwise_backward_kernel(
             else:
                 taps_0, taps_1, taps_2 = below, here, above
                 above, here = here, below
-            next_row, after, b_x = coming, coming_after, b_coming
+            b_da = _dot(weights_0, weights_1, weights_2, taps_0, taps_1, taps_2)
+            _store_da(p_da, p_row + b_off, b_da, m)
             if WEIGHTS:
                 grads_0, grads_1 = _grown(grads_0, b_a, taps_0), _grown(grads_1, b_a, taps_1)
                 grads_2 = _grown(grads_2, b_a, taps_2)
-                b_bias += taps_1[1]
-            if INPUT:
-                b_da = _dot(weights_0, taps_0) + _dot(weights_1, taps_1) + _dot(weights_2, taps_2)
-                _store_da(p_da, p_row + b_off, b_da, m)
-                if HAS_NORM:
-                    sums = _norm_sums(sums, b_da, b_slope, b_xhat, m)
+                if BIAS:
+                    b_bias += taps_1[1]
+            if SUMS:
+                sums = _norm_sums(sums, b_da, b_slope, b_centered)
+    # Columns beyond the edge have added something as well.
     i_part = (i_b * chunks + i_chunk) * blocks_w + i_w
     if WEIGHTS:
-        p_out = p_dweight + i_part * 10 * C + b_c
-        tl.store(p_out, tl.sum(grads_0[0], 0), mask=m_c)
-        tl.store(p_out + C, tl.sum(grads_0[1], 0), mask=m_c)
-        tl.store(p_out + 2 * C, tl.sum(grads_0[2], 0), mask=m_c)
-        tl.store(p_out + 3 * C, tl.sum(grads_1[0], 0), mask=m_c)
-        tl.store(p_out + 4 * C, tl.sum(grads_1[1], 0), mask=m_c)
-        tl.store(p_out + 5 * C, tl.sum(grads_1[2], 0), mask=m_c)
-        tl.store(p_out + 6 * C, tl.sum(grads_2[0], 0), mask=m_c)
-        tl.store(p_out + 7 * C, tl.sum(grads_2[1], 0), mask=m_c)
-        tl.store(p_out + 8 * C, tl.sum(grads_2[2], 0), mask=m_c)
-        tl.store(p_out + 9 * C, tl.sum(b_bias, 0), mask=m_c)
-    if INPUT and HAS_NORM:
-        tl.store(p_dz + i_part * C + b_c, tl.sum(sums[0], 0), mask=m_c)
-        tl.store(p_dzx + i_part * C + b_c, tl.sum(sums[1], 0), mask=m_c)
+        p_out = p_dweight + i_part * (10 if BIAS else 9) * C + b_c
+        for i_tap in tl.static_range(3):
+            tl.store(p_out + i_tap * C, tl.sum(tl.where(m, grads_0[i_tap], 0.0), 0), mask=m_c)
+            tl.store(p_out + (3 + i_tap) * C, tl.sum(tl.where(m, grads_1[i_tap], 0.0), 0), mask=m_c)
+            tl.store(p_out + (6 + i_tap) * C, tl.sum(tl.where(m, grads_2[i_tap], 0.0), 0), mask=m_c)
+        if BIAS:
+            tl.store(p_out + 9 * C, tl.sum(tl.where(m, b_bias, 0.0), 0), mask=m_c)
+    if SUMS:
+        tl.store(p_dz + i_part * C + b_c, tl.sum(tl.where(m, sums[0], 0.0), 0), mask=m_c)
+        b_dzx = tl.where(m, sums[1] * affine[1], 0.0)  # times rstd: x - mean becomes xhat
+        tl.store(p_dzx + i_part * C + b_c, tl.sum(b_dzx, 0), mask=m_c)
 
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[common.Build]:
@@ -334,18 +362,18 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[common.Build]:
     for config in DEPTHWISE_CONFIGS.values():
         for stride, upsample in ((1, False), (2, False), (1, True), (2, True)):
             for normed in (True, False):
-                for inputs, weights in ((True, True), (True, False), (False, True)):
+                for variant in ("weights", "bias", "input"):
                     constants: dict[str, Any] = {
                         "BLOCK_W": config.block_w,
                         "BLOCK_C": config.block_c,
                         "STRIDE": stride,
                         "UPSAMPLE": upsample,
                         "HAS_NORM": normed,
-                        "INPUT": inputs,
-                        "WEIGHTS": weights,
+                        "BIAS": variant == "bias",
                         "FAST": nvidia and dtype == torch.bfloat16,
                     }
-                    constants |= {} if inputs else {"p_da": None}
+                    constants |= {"p_dweight": None} if variant == "input" else {}
+                    constants |= {} if normed else {"p_dz": None, "p_dzx": None}
                     pointers = {"p_x": name, "p_dd": name, "p_da": name, "p_weight": name}
                     found.append(
                         common.Build(
