@@ -147,16 +147,16 @@ def silu_and_slope(b_h, FAST: tl.constexpr):
 
 @triton.jit
 def affine_of(p_mean, p_rstd, p_weight, p_bias, i_group, b_c, m_c, HAS_NORM: tl.constexpr):
-    """mean, rstd, and scale and offset with h = z / 2 = (x - mean) scale + offset, for channels ``b_c`` of groups
-    ``i_group``; each [1, BLOCK_C]."""
+    """mean, and scale and offset with h = z / 2 = (x - mean) scale + offset, for channels ``b_c`` of groups ``i_group``;
+    each [1, BLOCK_C]."""
     if HAS_NORM:
         b_mean = tl.load(p_mean + i_group, mask=m_c, other=0.0)[None, :]
         b_rstd = tl.load(p_rstd + i_group, mask=m_c, other=0.0)[None, :]
         b_weight = tl.load(p_weight + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
         b_bias = tl.load(p_bias + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-        return b_mean, b_rstd, 0.5 * b_rstd * b_weight, 0.5 * b_bias
+        return b_mean, 0.5 * b_rstd * b_weight, 0.5 * b_bias
     else:
-        return 0.0, 1.0, 0.0, 0.0
+        return 0.0, 0.0, 0.0
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def _activation(b_x, affine, HAS_NORM: tl.constexpr, FAST: tl.constexpr):
     b_x = b_x.to(tl.float32)
     if HAS_NORM:
         b_centered = b_x - affine[0]
-        b_a, b_slope = silu_and_slope(tl.fma(b_centered, affine[2], affine[3]), FAST)
+        b_a, b_slope = silu_and_slope(tl.fma(b_centered, affine[1], affine[2]), FAST)
         return b_a, b_slope, b_centered
     else:
         return b_x, b_x, b_x
@@ -352,8 +352,9 @@ def depthwise_backward_kernel(
             tl.store(p_out + 9 * C, tl.sum(tl.where(m, b_bias, 0.0), 0), mask=m_c)
     if SUMS:
         tl.store(p_dz + i_part * C + b_c, tl.sum(tl.where(m, sums[0], 0.0), 0), mask=m_c)
-        b_dzx = tl.where(m, sums[1] * affine[1], 0.0)  # times rstd: x - mean becomes xhat
-        tl.store(p_dzx + i_part * C + b_c, tl.sum(b_dzx, 0), mask=m_c)
+        # Times rstd, x - mean is xhat. It is read only here, which spares registers.
+        b_rstd = tl.load(p_rstd + i_b * G + b_c // CG, mask=m_c, other=0.0)
+        tl.store(p_dzx + i_part * C + b_c, tl.sum(tl.where(m, sums[1], 0.0), 0) * b_rstd, mask=m_c)
 
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[common.Build]:
