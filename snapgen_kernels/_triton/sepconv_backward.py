@@ -1,9 +1,9 @@
 """Backward of the separable convolution on the GPU; the contract is in ``snapgen_kernels/sepconv.py``.
 
-For d = DW(a) + dw_bias, a = [nearest 2x of] SiLU(z), z = xhat norm_weight + norm_bias, and dd the gradient of d, one pass
-over x and dd gives da, the parts of the gradients of the depthwise convolution, and those of the two sums per channel
-that the norm's gradient needs. Where there is no norm, da is dx; else a second pass makes dx of da. Sums are parts in
-fp32, added in a fixed order that depends on the shape alone: no atomics, a repeat is bitwise equal.
+For d = DW(a) + dw_bias, a = [nearest 2x of] SiLU(z), z = xhat norm_weight + norm_bias, and dd the gradient of d, one
+pass over x and dd gives da, the parts of the gradients of the depthwise convolution, and those of the two sums per
+channel that the norm's gradient needs. Where there is no norm, da is dx; else a second pass makes dx of da. Sums are
+parts in fp32, added in a fixed order that depends on the shape alone: no atomics, a repeat is bitwise equal.
 
 Names as in ``common``; a position is a pixel of x (of d where the stride is 2), q its row. H and W are the sizes of x,
 OH and OW those of d. t_rc is the dd that reaches a position through tap (r, c) of the 3x3 kernel.
@@ -49,6 +49,10 @@ class GradientConfig(NamedTuple):
 
 
 GRADIENT_CONFIGS = {"wide": GradientConfig(32, 128, 4), "narrow": GradientConfig(128, 32, 4)}
+# Tiles of a program of the gradient kernel, at most: enough to make reading the parameters cheap.
+MAX_TILES = 8
+# Parts that are merged at a time.
+MERGE_BLOCK = 256
 
 
 @triton.jit
@@ -107,8 +111,8 @@ def _weights(p_weight, b_c, m_c, ROW: tl.constexpr):
     return b_0, b_1, b_2
 
 
-# Multiply-adds are spelled out: left to itself, LLVM makes vectors of sums and products that do not belong together, and
-# pads them with products by one.
+# Multiply-adds are spelled out: left to itself, LLVM makes vectors of sums and products that do not belong together,
+# and pads them with products by one.
 @triton.jit
 def _dot(weights_0, weights_1, weights_2, taps_0, taps_1, taps_2):
     """The sum over the nine taps."""
@@ -147,8 +151,8 @@ def silu_and_slope(b_h, FAST: tl.constexpr):
 
 @triton.jit
 def affine_of(p_mean, p_rstd, p_weight, p_bias, i_group, b_c, m_c, HAS_NORM: tl.constexpr):
-    """mean, and scale and offset with h = z / 2 = (x - mean) scale + offset, for channels ``b_c`` of groups ``i_group``;
-    each [1, BLOCK_C]."""
+    """mean, and scale and offset with h = z / 2 = (x - mean) scale + offset, for channels ``b_c`` of groups
+    ``i_group``; each [1, BLOCK_C]."""
     if HAS_NORM:
         b_mean = tl.load(p_mean + i_group, mask=m_c, other=0.0)[None, :]
         b_rstd = tl.load(p_rstd + i_group, mask=m_c, other=0.0)[None, :]
@@ -357,28 +361,400 @@ def depthwise_backward_kernel(
         tl.store(p_dzx + i_part * C + b_c, tl.sum(tl.where(m, sums[1], 0.0), 0) * b_rstd, mask=m_c)
 
 
+@triton.jit
+def norm_gradient_kernel(
+    p_x,
+    p_da,
+    p_add,
+    p_dx,
+    p_weight,
+    p_bias,
+    p_mean,
+    p_rstd,
+    p_mean_g,
+    p_mean_gx,
+    C,
+    P,
+    G,
+    CG,
+    tiles,
+    chunks,
+    FAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dx = rstd (dz weight - mean_g - xhat mean_gx) + add (unless p_add is None), with dz = da silu'(z).
+
+    dx may be the memory of da. Grid: B * chunks * cdiv(C, BLOCK_C); a chunk is ``tiles`` tiles.
+    """
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    i_program = tl.program_id(0)
+    i_c, i_chunk = i_program % blocks_c, (i_program // blocks_c) % chunks
+    i_b = (i_program // (blocks_c * chunks)).to(tl.int64)
+    b_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    b_p = tl.arange(0, BLOCK_P)
+    m_c = b_c < C
+    i_group = i_b * G + b_c // CG
+    affine = affine_of(p_mean, p_rstd, p_weight, p_bias, i_group, b_c, m_c, True)
+    b_rstd = tl.load(p_rstd + i_group, mask=m_c, other=0.0)[None, :]
+    b_dz_scale = b_rstd * tl.load(p_weight + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_x_scale = -b_rstd * b_rstd * tl.load(p_mean_gx + i_group, mask=m_c, other=0.0)[None, :]
+    b_offset = -b_rstd * tl.load(p_mean_g + i_group, mask=m_c, other=0.0)[None, :]
+    b_off = b_p[:, None] * C + b_c[None, :]
+    for i_tile in range(tiles):
+        i_p = (i_chunk * tiles + i_tile) * BLOCK_P
+        m = (b_p < P - i_p)[:, None] & m_c[None, :]
+        i_first = (i_b * P + i_p) * C
+        b_x = tl.load(p_x + i_first + b_off, mask=m, other=0.0)
+        b_da = tl.load(p_da + i_first + b_off, mask=m, other=0.0).to(tl.float32)
+        _, b_slope, b_centered = _activation(b_x, affine, True, FAST)
+        b_dx = tl.fma(b_da * b_slope, b_dz_scale, tl.fma(b_centered, b_x_scale, b_offset))
+        if p_add is not None:
+            b_dx += tl.load(p_add + i_first + b_off, mask=m, other=0.0).to(tl.float32)
+        tl.store(p_dx + i_first + b_off, b_dx.to(p_dx.dtype.element_ty), mask=m)
+
+
+class Norm(NamedTuple):
+    """A GroupNorm + SiLU prologue and its statistics of this input: mean and rstd, fp32 [B, G]."""
+
+    mean: Tensor
+    rstd: Tensor
+    weight: Tensor
+    bias: Tensor
+    num_groups: int
+
+
+class Depthwise(NamedTuple):
+    """What :class:`DepthwiseGradient` keeps per position: parts of sums over the pixels, fp32; None where not needed.
+
+    weight: [B * parts, 9 or 10, C]. dz, dzx: [B, parts, C].
+    """
+
+    da: Tensor | None
+    weight: Tensor | None
+    dz: Tensor | None
+    dzx: Tensor | None
+
+
+def _pick_depthwise(width: int) -> Config:
+    return DEPTHWISE_CONFIGS["wide" if width > 8 else "narrow"]
+
+
+def depthwise_backward(
+    dd: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm | None,
+    stride: int,
+    upsample: bool,
+    da: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> Depthwise:
+    """One pass over x [B, C, H, W] and dd [B, C, H', W'], both channels_last: da is filled where it is given.
+
+    needs: whether the gradient of the weight, that of the bias, and the sums for the norm are wanted.
+    """
+    batch, channels, height, width = x.shape
+    out_height, out_width = dd.shape[2:]
+    rows_all, columns = (out_height, out_width) if stride == 2 and not upsample else (height, width)
+    in_weight, in_bias, in_sums = needs
+
+    def launch(config: Config) -> Depthwise:
+        blocks_w, blocks_c = triton.cdiv(columns, config.block_w), triton.cdiv(channels, config.block_c)
+        wanted = triton.cdiv(PROGRAMS * common.processors(x), batch * blocks_w * blocks_c)
+        rows = min(max(triton.cdiv(rows_all, wanted), MIN_ROWS), rows_all)
+        chunks = triton.cdiv(rows_all, rows)
+        parts = chunks * blocks_w
+        dweight = dz = dzx = None
+        if in_weight or in_bias:
+            dweight = weight_gradient.new_parts(x, batch * parts, 10 if in_bias else 9, channels)
+        if in_sums and norm is not None:
+            dz, dzx = weight_gradient.new_parts(x, 2, batch, parts, channels)
+        depthwise_backward_kernel[(batch * chunks * blocks_w * blocks_c,)](
+            x,
+            dd,
+            da,
+            weight,
+            norm and norm.mean,
+            norm and norm.rstd,
+            norm and norm.weight,
+            norm and norm.bias,
+            dweight,
+            dz,
+            dzx,
+            channels,
+            height,
+            width,
+            out_height,
+            out_width,
+            norm.num_groups if norm else 1,
+            channels // norm.num_groups if norm else channels,
+            rows,
+            chunks,
+            STRIDE=stride,
+            UPSAMPLE=upsample,
+            HAS_NORM=norm is not None,
+            BIAS=in_bias,
+            FAST=common.fast(x.dtype),
+            BLOCK_W=config.block_w,
+            BLOCK_C=config.block_c,
+            num_warps=config.num_warps,
+        )
+        return Depthwise(da, dweight, dz, dzx)
+
+    return launch(_pick_depthwise(columns))
+
+
+def norm_gradient(x: Tensor, da: Tensor, add: Tensor | None, norm: Norm, mean_g: Tensor, mean_gx: Tensor) -> None:
+    """Turn da, [B, C, H, W] as x (channels_last), into dx in place; mean_g and mean_gx [B, G]."""
+    batch, channels, height, width = x.shape
+
+    def launch(config: GradientConfig) -> None:
+        steps, blocks_c = triton.cdiv(height * width, config.block_p), triton.cdiv(channels, config.block_c)
+        tiles = min(triton.cdiv(steps * batch * blocks_c, 16 * common.processors(x)), MAX_TILES)
+        chunks = triton.cdiv(steps, tiles)
+        norm_gradient_kernel[(batch * chunks * blocks_c,)](
+            x,
+            da,
+            add,
+            da,
+            norm.weight,
+            norm.bias,
+            norm.mean,
+            norm.rstd,
+            mean_g,
+            mean_gx,
+            channels,
+            height * width,
+            norm.num_groups,
+            channels // norm.num_groups,
+            tiles,
+            chunks,
+            FAST=common.fast(x.dtype),
+            BLOCK_P=config.block_p,
+            BLOCK_C=config.block_c,
+            num_warps=config.num_warps,
+        )
+
+    launch(GRADIENT_CONFIGS["wide" if channels > 64 else "narrow"])
+
+
+def _merged_norm(
+    dz: Tensor, dzx: Tensor, norm: Norm, pixels: int, parameters: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """mean_g and mean_gx [B, G] of the parts [B, parts, C], and where ``parameters`` the norm's dweight and dbias."""
+    batch, parts, channels = dz.shape
+    per_group = channels // norm.num_groups
+    sums = weight_gradient.new_parts(dz, 2, batch, channels)
+    means = weight_gradient.new_parts(dz, 2, batch, norm.num_groups)
+    block_c = common.pow2(per_group)
+    norm_kernels.merge_sums_kernel[(batch * norm.num_groups,)](
+        dz,
+        dzx,
+        norm.weight,
+        sums[0],
+        sums[1],
+        means[0],
+        means[1],
+        channels,
+        pixels,
+        norm.num_groups,
+        parts,
+        CG=per_group,
+        BLOCK_CG=block_c,
+        BLOCK=max(1, min(MERGE_BLOCK, 4096 // block_c)),
+        num_warps=4,
+    )
+    if not parameters:
+        return means[0], means[1], None, None
+    dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+    norm_kernels.parameters_kernel[(triton.cdiv(channels, 64),)](
+        sums[0], sums[1], dweight, dbias, batch, channels, BLOCK_B=16, BLOCK_C=64, num_warps=4
+    )
+    return means[0], means[1], dweight, dbias
+
+
+def _added_depthwise(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of weight [C, 1, 3, 3] and bias [C] of their parts [any, 9 or 10, C]."""
+    channels = weight.shape[0]
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if bias is None:
+        return weight_gradient.add_parts(parts, dweight, inner=channels, strides=(1, 9)), None
+    sums = weight_gradient.add_parts(parts, weight_gradient.new_parts(parts, 10, channels))
+    return dweight.copy_(sums[:9].t().reshape(weight.shape)), sums[9].to(bias.dtype)
+
+
+class Half(NamedTuple):
+    """Gradients of :func:`half` by argument, in channels_last or contiguous memory; None where they are not needed."""
+
+    x: Tensor | None = None
+    dw_weight: Tensor | None = None
+    pw_weight: Tensor | None = None
+    dw_bias: Tensor | None = None
+    pw_bias: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    shift: Tensor | None = None
+
+
+def half(
+    dy: Tensor,
+    x: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    dw_bias: Tensor | None = None,
+    pw_bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    stride: int = 1,
+    upsample: bool = False,
+    add: Callable[[], Tensor] | None = None,
+    groups: int = 1,
+    needs: Sequence[bool],
+) -> Half:
+    """Backward of y = pointwise(depthwise3x3([up2x] [SiLU(norm] x [)]) + dw_bias) + pw_bias + shift.
+
+    Args:
+        dy: [B, O, H', W']. x: [B, C, H, W]. Both channels_last and not empty; the other tensors contiguous.
+        add: gives [B, C, H, W] in channels_last, which is added to the gradient of x (only with a norm). Called last,
+            when other scratch memory has been freed.
+        groups: divides B; so many parts of the batch go through the kernels one after the other, so that d and dd of a
+            part stay in the GPU's cache.
+        needs: which gradients are wanted, in the order of :class:`Half`.
+    """
+    from snapgen_kernels._triton import sepconv as forward_kernels
+
+    arguments = (x, dw_weight, pw_weight, dw_bias, pw_bias, norm, norm, shift)
+    in_x, in_dw, in_pw, in_dw_bias, in_pw_bias, in_norm_weight, in_norm_bias, in_shift = (
+        bool(need) and argument is not None for need, argument in zip(needs, arguments, strict=True)
+    )
+    matrix = pw_weight.reshape(pw_weight.shape[:2])
+    in_norm = in_norm_weight or in_norm_bias
+    da = torch.empty_like(x, memory_format=torch.channels_last) if in_x else None
+    size = x.shape[0] // groups
+    outer, inner = [], []
+    for start in range(0, x.shape[0], size):
+        some = slice(start, start + size)
+        dy_some, x_some = dy[some], x[some]
+        norm_some = norm and norm._replace(mean=norm.mean[some], rstd=norm.rstd[some])
+
+        def d(x: Tensor = x_some, norm: Norm | None = norm_some) -> Tensor:
+            return forward_kernels.depthwise(x, dw_weight, dw_bias, norm, stride, upsample)
+
+        outer.append(weight_gradient.parts_of(dy_some, d, in_pw, in_pw_bias or in_shift))
+        if in_x or in_dw or in_dw_bias or in_norm:
+            dd = forward_kernels.pointwise(dy_some, matrix, transposed=True)
+            wanted = (in_dw, in_dw_bias, norm is not None and (in_x or in_norm))
+            da_some = None if da is None else da[some]
+            inner.append(depthwise_backward(dd, x_some, dw_weight, norm_some, stride, upsample, da_some, wanted))
+            del dd
+    found = weight_gradient.gradients(
+        outer, pw_weight if in_pw else None, pw_bias if in_pw_bias else None, shift if in_shift else None
+    )
+    result = Half(x=da, pw_weight=found.weight, pw_bias=found.bias, shift=found.shift)
+    parts = _joined([part.weight for part in inner])
+    if parts is not None:
+        dweight, dbias = _added_depthwise(parts, dw_weight, dw_bias if in_dw_bias else None)
+        result = result._replace(dw_weight=dweight, dw_bias=dbias)
+    dz, dzx = _joined([part.dz for part in inner]), _joined([part.dzx for part in inner])
+    if norm is not None and dz is not None and dzx is not None:
+        mean_g, mean_gx, dweight, dbias = _merged_norm(dz, dzx, norm, x.shape[2] * x.shape[3], in_norm)
+        result = result._replace(norm_weight=dweight, norm_bias=dbias)
+        if da is not None:
+            norm_gradient(x, da, add() if add else None, norm, mean_g, mean_gx)
+    return result
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if len(found) > 1 else found[0] if found else None
+
+
+def gradients(
+    found: Sequence[Tensor | None], arguments: Sequence[Tensor | None], needs: Sequence[bool], like_: Tensor
+) -> tuple[Tensor, ...]:
+    """What a backward op returns: gradients laid out as their arguments, zeros where there is nothing to add up, and
+    empty tensors for those not needed."""
+    results = []
+    for gradient, argument, need in zip(found, arguments, needs, strict=True):
+        if not need or argument is None:
+            results.append(like_.new_empty(0))
+        else:
+            results.append(torch.zeros_like(argument) if gradient is None else like(gradient, argument))
+    return tuple(results)
+
+
+def plain(tensor: Tensor | None) -> Tensor | None:
+    """A parameter in contiguous memory."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    dw_bias: Tensor | None,
+    pw_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    num_groups: int,
+    eps: float,
+    stride: int,
+    upsample: bool,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """``snapgen::sepconv_backward``."""
+    arguments = (x, dw_weight, pw_weight, dw_bias, pw_bias, norm_weight, norm_bias, shift, residual)
+    if dy.numel() == 0 or x.numel() == 0:
+        return gradients([None] * len(arguments), arguments, needs, dy)
+    norm = None
+    if norm_weight is not None and norm_bias is not None:
+        norm = Norm(mean, rstd, norm_weight.contiguous(), norm_bias.contiguous(), num_groups)
+    found = half(
+        common.channels_last(dy),
+        common.channels_last(x),
+        dw_weight.contiguous(),
+        pw_weight.contiguous(),
+        plain(dw_bias),
+        plain(pw_bias),
+        plain(shift),
+        norm=norm,
+        stride=stride,
+        upsample=upsample,
+        needs=needs[:8],
+    )
+    dresidual = torch.empty_like(residual).copy_(dy) if residual is not None and needs[8] else None
+    return gradients((*found, dresidual), arguments, needs, dy)
+
+
 def builds(dtype: torch.dtype, nvidia: bool) -> list[common.Build]:
+    """Every kernel of this file and every config that its launchers may choose, for activations of ``dtype``."""
     name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    fast = nvidia and dtype == torch.bfloat16
     found = []
+    pointers = {"p_x": name, "p_dd": name, "p_da": name, "p_weight": name}
     for config in DEPTHWISE_CONFIGS.values():
+        options = {"num_warps": config.num_warps}
         for stride, upsample in ((1, False), (2, False), (1, True), (2, True)):
             for normed in (True, False):
-                for variant in ("weights", "bias", "input"):
-                    constants: dict[str, Any] = {
-                        "BLOCK_W": config.block_w,
-                        "BLOCK_C": config.block_c,
-                        "STRIDE": stride,
-                        "UPSAMPLE": upsample,
-                        "HAS_NORM": normed,
-                        "BIAS": variant == "bias",
-                        "FAST": nvidia and dtype == torch.bfloat16,
-                    }
-                    constants |= {"p_dweight": None} if variant == "input" else {}
-                    constants |= {} if normed else {"p_dz": None, "p_dzx": None}
-                    pointers = {"p_x": name, "p_dd": name, "p_da": name, "p_weight": name}
-                    found.append(
-                        common.Build(
-                            depthwise_backward_kernel, constants, pointers, {"num_warps": config.num_warps}, ("C",)
-                        )
-                    )
+                for variant in ("weight", "bias", "input", "only weight"):
+                    constants: dict[str, Any] = {"BLOCK_W": config.block_w, "BLOCK_C": config.block_c}
+                    constants |= {"STRIDE": stride, "UPSAMPLE": upsample, "HAS_NORM": normed, "FAST": fast}
+                    constants |= {"BIAS": variant == "bias"} | ({"p_dweight": None} if variant == "input" else {})
+                    if not normed or variant == "only weight":
+                        constants |= {"p_dz": None, "p_dzx": None}
+                    constants |= {"p_da": None} if variant == "only weight" else {}
+                    found.append(common.Build(depthwise_backward_kernel, constants, pointers, options, ("C",)))
+    pointers = {"p_x": name, "p_da": name, "p_add": name, "p_dx": name}
+    for gradient in GRADIENT_CONFIGS.values():
+        for extra in ({"p_add": None}, {}):
+            constants = {"BLOCK_P": gradient.block_p, "BLOCK_C": gradient.block_c, "FAST": fast, **extra}
+            options = {"num_warps": gradient.num_warps}
+            found.append(common.Build(norm_gradient_kernel, constants, pointers, options, ("C",)))
     return found

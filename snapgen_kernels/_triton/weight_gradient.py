@@ -7,6 +7,7 @@ parts are added in a fixed order: no atomics, a repeat is bitwise equal.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def _product(
     p_dy,
     p_d,
     pixels,
-    O,
+    OUT,
     C,
     b_o,
     b_c,
@@ -83,9 +84,9 @@ def _product(
 ):
     """dy^T d over ``pixels`` rows of both, [BLOCK_O, BLOCK_C], and where SUMS the sums of dy, [BLOCK_O, ONES]."""
     b_p = tl.arange(0, BLOCK_P)
-    b_off_dy = b_p[:, None] * O + b_o[None, :]
+    b_off_dy = b_p[:, None] * OUT + b_o[None, :]
     b_off_d = b_p[:, None] * C + b_c[None, :]
-    m_o, m_c = (b_o < O)[None, :], (b_c < C)[None, :]
+    m_o, m_c = (b_o < OUT)[None, :], (b_c < C)[None, :]
     b_ones = tl.full([BLOCK_P, ONES], 1.0, dtype=p_dy.dtype.element_ty)
     b_weight = tl.zeros([BLOCK_O, BLOCK_C], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_O, ONES], dtype=tl.float32)
@@ -96,7 +97,7 @@ def _product(
         b_weight = tl.dot(b_dy, b_d, b_weight, input_precision=PRECISION)
         if SUMS:
             b_sums = tl.dot(b_dy, b_ones, b_sums, input_precision="ieee")
-        p_dy += BLOCK_P * O
+        p_dy += BLOCK_P * OUT
         p_d += BLOCK_P * C
     return b_weight, b_sums
 
@@ -107,7 +108,7 @@ def weight_gradient_kernel(
     p_d,
     p_parts,
     p_sums,
-    O,
+    OUT,
     C,
     P,
     chunk,
@@ -118,11 +119,12 @@ def weight_gradient_kernel(
     SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Per split (a chunk of the pixels of one sample) its part of dy^T d, [O, C], and where SUMS of the sums of dy, [O].
+    """Per split (a chunk of the pixels of one sample) its part of dy^T d, [OUT, C], and where SUMS that of the sums of
+    dy, [OUT].
 
-    Grid: B * chunks * cdiv(O, BLOCK_O) * cdiv(C, BLOCK_C); the tiles of one split run side by side and share its rows.
+    Grid: B * chunks * cdiv(OUT, BLOCK_O) * cdiv(C, BLOCK_C); the tiles of one split run side by side and share its rows.
     """
-    blocks_o, blocks_c = tl.cdiv(O, BLOCK_O), tl.cdiv(C, BLOCK_C)
+    blocks_o, blocks_c = tl.cdiv(OUT, BLOCK_O), tl.cdiv(C, BLOCK_C)
     i_program = tl.program_id(0)
     i_c, i_o, i_split = i_program % blocks_c, (i_program // blocks_c) % blocks_o, i_program // (blocks_c * blocks_o)
     i_b, i_chunk = i_split // chunks, i_split % chunks
@@ -130,23 +132,21 @@ def weight_gradient_kernel(
     b_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     i_p = i_b.to(tl.int64) * P + i_chunk * chunk
     pixels = tl.minimum(P - i_chunk * chunk, chunk)
-    p_dy += i_p * O
+    p_dy += i_p * OUT
     p_d += i_p * C
     if SUMS and i_c == 0:
-        b_weight, b_sums = _product(p_dy, p_d, pixels, O, C, b_o, b_c, BLOCK_O, BLOCK_C, BLOCK_P, True, PRECISION)
+        b_weight, b_sums = _product(p_dy, p_d, pixels, OUT, C, b_o, b_c, BLOCK_O, BLOCK_C, BLOCK_P, True, PRECISION)
         # The columns are equal, and so is their mean to the last bit.
-        tl.store(p_sums + i_split.to(tl.int64) * O + b_o, tl.sum(b_sums, 1) / ONES, mask=b_o < O)
+        tl.store(p_sums + i_split.to(tl.int64) * OUT + b_o, tl.sum(b_sums, 1) / ONES, mask=b_o < OUT)
     else:
-        b_weight, _ = _product(p_dy, p_d, pixels, O, C, b_o, b_c, BLOCK_O, BLOCK_C, BLOCK_P, False, PRECISION)
-    p_parts += i_split.to(tl.int64) * O * C
-    m = (b_o < O)[:, None] & (b_c < C)[None, :]
+        b_weight, _ = _product(p_dy, p_d, pixels, OUT, C, b_o, b_c, BLOCK_O, BLOCK_C, BLOCK_P, False, PRECISION)
+    p_parts += i_split.to(tl.int64) * OUT * C
+    m = (b_o < OUT)[:, None] & (b_c < C)[None, :]
     tl.store(p_parts + b_o[:, None] * C + b_c[None, :], b_weight, mask=m)
 
 
 @triton.jit
-def add_parts_kernel(
-    p_parts, p_out, parts, n, inner, s_outer, s_inner, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
-):
+def add_parts_kernel(p_parts, p_out, parts, n, inner, s_outer, s_inner, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
     """out[i] = the sum of ``parts`` parts of n values; value i goes to (i // inner) * s_outer + (i % inner) * s_inner.
 
     Grid: cdiv(n, BLOCK), sets of parts; the outputs of the sets lie side by side.
@@ -292,43 +292,50 @@ def weight_parts(dy: Tensor, d: Tensor, sums: bool) -> tuple[Tensor, Tensor | No
     return launch(_pick_weight(dy.dtype, outputs, channels))
 
 
-class Gradients(NamedTuple):
-    """Gradients of a pointwise convolution's parameters, None where they were not asked for."""
+class Parts(NamedTuple):
+    """Parts of the gradients of a pointwise convolution's parameters, None where they are not needed: of the weight,
+    [any, O, C], and of the sums of dy over the pixels, [B * any, O]."""
 
     weight: Tensor | None = None
-    bias: Tensor | None = None
-    shift: Tensor | None = None
+    sums: Tensor | None = None
 
 
-def gradients(
-    dy: Tensor,
-    d: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Gradients:
-    """Gradients, in contiguous memory, of those of ``weight``, ``bias`` and ``shift`` that are given.
+def parts_of(dy: Tensor, d: Callable[[], Tensor], weight: bool, sums: bool) -> Parts:
+    """The parts that are asked for: dy [B, O, H, W], d() [B, C, H, W], both channels_last and not empty."""
+    if weight:
+        return Parts(*weight_parts(dy, d(), sums))
+    return Parts(sums=channel_sums(dy) if sums else None)
 
-    Args:
-        dy: [B, O, H, W], channels_last, not empty. d: [B, C, H, W], channels_last; None where ``weight`` is.
-        weight: [O, C, 1, 1]. bias: [O]. shift: [B, O].
+
+class Gradients(NamedTuple):
+    """Gradients of a pointwise convolution's parameters, in contiguous memory; None where they are not needed."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    shift: Tensor | None
+
+
+def gradients(parts: Sequence[Parts], weight: Tensor | None, bias: Tensor | None, shift: Tensor | None) -> Gradients:
+    """Add the parts of groups of samples, of equal sizes, to the gradients of those parameters that are given.
+
+    weight: [O, C, 1, 1]. bias: [O]. shift: [B, O].
     """
 
-    def new(parameter: Tensor) -> Tensor:
-        return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        found = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(found) if len(found) > 1 else found[0] if found else None
 
-    sums = None
-    found = Gradients()
-    if weight is not None and d is not None:
-        parts, sums = weight_parts(dy, d, bias is not None or shift is not None)
-        found = found._replace(weight=add_parts(parts, new(weight)))
-    elif bias is not None or shift is not None:
-        sums = channel_sums(dy)
-    if bias is not None and sums is not None:
-        found = found._replace(bias=add_parts(sums, new(bias)))
-    if shift is not None and sums is not None:
-        found = found._replace(shift=add_parts(sums, new(shift), sets=dy.shape[0]))
-    return found
+    def added(found: Tensor | None, parameter: Tensor | None, sets: int) -> Tensor | None:
+        if found is None or parameter is None:
+            return None
+        return add_parts(found, torch.empty_like(parameter, memory_format=torch.contiguous_format), sets=sets)
+
+    sums = joined([part.sums for part in parts])
+    return Gradients(
+        added(joined([part.weight for part in parts]), weight, 1),
+        added(sums, bias, 1),
+        added(sums, shift, 1 if shift is None else shift.shape[0]),
+    )
 
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[common.Build]:
@@ -344,7 +351,7 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[common.Build]:
             pointers = {"p_dy": name, "p_d": name}
             products = dtype != torch.float32
             found.append(
-                common.Build(weight_gradient_kernel, constants, pointers, options, ("O", "C", "chunk"), products)
+                common.Build(weight_gradient_kernel, constants, pointers, options, ("OUT", "C", "chunk"), products)
             )
     for config in ADD_CONFIGS.values():
         constants = {"BLOCK_S": config.block_s, "BLOCK": config.block, "s_inner": 1}
