@@ -340,29 +340,72 @@ def _merge_shape(per_group: int) -> tuple[int, int]:
     return block_c, max(1, min(MERGE_BLOCK, 4096 // block_c))
 
 
+def merge_moments(part: Tensor, pixels: int, chunk: int, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Statistics of groups from those of chunks of channels, in a fixed order.
+
+    Args:
+        part: [2, B, chunks, C] fp32, contiguous: mean and sum of squared deviations of each channel in each chunk.
+        pixels: of a sample; at least 1.
+        chunk: pixels in a chunk; the last one may be shorter, but chunks beyond it count nothing.
+        num_groups: G, divides C.
+        eps: added to the variance.
+
+    Returns:
+        mean and 1 / standard deviation, both [B, G] fp32.
+    """
+    _, batch, chunks, channels = part.shape
+    mean = torch.empty((batch, num_groups), dtype=torch.float32, device=part.device)
+    rstd = torch.empty_like(mean)
+    per_group = channels // num_groups
+    block_cg, block = _merge_shape(per_group)
+    merge = {"CG": per_group, "BLOCK_CG": block_cg, "BLOCK": block, "num_warps": 4}
+    merge_moments_kernel[(batch * num_groups,)](
+        part[0], part[1], mean, rstd, channels, pixels, num_groups, chunk, chunks, eps, **merge
+    )
+    return mean, rstd
+
+
+def moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of each group of ``x`` [B, C, H, W], both [B, G] fp32; NaN where x is empty.
+
+    channels_last and contiguous are read as they lie; another layout is copied.
+    """
+    if x.numel() == 0:
+        nothing = torch.full((x.shape[0], num_groups), float("nan"), dtype=torch.float32, device=x.device)
+        return nothing, nothing.clone()
+    plan = _plan(x)
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    block_p, block_c, warps = plan.config
+    part = torch.empty((2, batch, plan.chunks, channels), dtype=torch.float32, device=x.device)
+    moments_kernel[(batch * plan.chunks * triton.cdiv(channels, block_c),)](
+        plan.dense,
+        part[0],
+        part[1],
+        channels,
+        pixels,
+        plan.tiles,
+        plan.chunks,
+        *plan.strides,
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        num_warps=warps,
+    )
+    return merge_moments(part, pixels, plan.tiles * block_p, num_groups, eps)
+
+
 def forward(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and rstd; the arguments are those of ``snapgen::group_norm_silu``."""
     y = torch.empty_like(x)
-    mean = torch.empty((x.shape[0], num_groups), dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
+    mean, rstd = moments(x, num_groups, eps)
     if x.numel() == 0:
-        return y, mean.fill_(float("nan")), rstd.fill_(float("nan"))
+        return y, mean, rstd
     plan = _plan(x)
     batch, channels, height, width = x.shape
     pixels, per_group = height * width, channels // num_groups
     block_p, block_c, warps = plan.config
     blocks_c = triton.cdiv(channels, block_c)
     tile = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
-    part = torch.empty((2, batch, plan.chunks, channels), dtype=torch.float32, device=x.device)
-    moments_kernel[(batch * plan.chunks * blocks_c,)](
-        plan.dense, part[0], part[1], channels, pixels, plan.tiles, plan.chunks, *plan.strides, **tile
-    )
-    block_cg, block = _merge_shape(per_group)
-    merge = {"CG": per_group, "BLOCK_CG": block_cg, "BLOCK": block, "num_warps": 4}
-    chunk = plan.tiles * block_p
-    merge_moments_kernel[(batch * num_groups,)](
-        part[0], part[1], mean, rstd, channels, pixels, num_groups, chunk, plan.chunks, eps, **merge
-    )
     out = y if y.stride() == plan.dense.stride() else torch.empty_like(plan.dense)
     apply_kernel[(batch * triton.cdiv(pixels, block_p) * blocks_c,)](
         plan.dense,

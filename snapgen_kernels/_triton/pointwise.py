@@ -1,0 +1,349 @@
+"""The pointwise 1x1 convolution on the GPU: a product of pixels and weights, and what follows it while the result is
+still in registers: bias, time shift, residual, a 1x1 shortcut as a second product, and the moments of the result for
+the next norm.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from snapgen_kernels._triton import common, tuning
+from snapgen_kernels._triton.common import Build
+
+
+class ProductConfig(NamedTuple):
+    """A program computes ``block_m`` pixels by ``block_n`` outputs, ``block_k`` inputs at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+class Pair(NamedTuple):
+    """A second product into the same accumulators: ``x`` [B, K, H, W] channels_last, ``weight`` [O, K, 1, 1]."""
+
+    x: Tensor
+    weight: Tensor
+
+
+class Moments(NamedTuple):
+    """Mean and sum of squared deviations of each channel of each tile of ``chunk`` pixels: [2, B, tiles, O] in fp32."""
+
+    part: Tensor
+    chunk: int
+
+
+class Epilogue(NamedTuple):
+    """What happens to a product before it is rounded, and where the moments of its channels go.
+
+    ``bias`` [O], ``shift`` [B, O], ``residual`` [B, O, H, W] channels_last; ``moments``: mean and sum of squared
+    deviations, both [B, tiles, O] in fp32.
+    """
+
+    bias: Tensor | None = None
+    shift: Tensor | None = None
+    residual: Tensor | None = None
+    shortcut: Pair | None = None
+    moments: tuple[Tensor, Tensor] | None = None
+
+    def telling(self, moments: Moments | None) -> Epilogue:
+        return self._replace(moments=None if moments is None else (moments.part[0], moments.part[1]))
+
+    def samples(self, first: int, last: int) -> Epilogue:
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[first:last]
+
+        moments, pair = self.moments, self.shortcut
+        return Epilogue(
+            self.bias,
+            cut(self.shift),
+            cut(self.residual),
+            None if pair is None else pair._replace(x=pair.x[first:last]),
+            None if moments is None else (moments[0][first:last], moments[1][first:last]),
+        )
+
+    def flags(self) -> dict[str, bool]:
+        return {
+            "HAS_BIAS": self.bias is not None,
+            "HAS_SHIFT": self.shift is not None,
+            "HAS_RESIDUAL": self.residual is not None,
+            "HAS_SHORTCUT": self.shortcut is not None,
+            "STATISTICS": self.moments is not None,
+        }
+
+    def tensors(self, other: Tensor) -> tuple[Tensor, ...]:
+        """The kernel's pointers, ``other`` standing where there is nothing."""
+        pair, part = self.shortcut or (other, other), self.moments or (other, other)
+        return (*(other if t is None else t for t in (self.bias, self.shift, self.residual)), *pair, *part)
+
+    def inputs(self) -> int:
+        """Channels of the shortcut."""
+        return 0 if self.shortcut is None else self.shortcut.x.shape[1]
+
+
+# ---- device functions ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def finish(
+    b_acc,
+    p_y,
+    p_bias,
+    p_shift,
+    p_residual,
+    p_mean,
+    p_m2,
+    i_b,
+    i_m,
+    b_m,
+    m_m,
+    b_n,
+    m_n,
+    P,
+    N,
+    tiles,
+    BLOCK_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    STATISTICS: tl.constexpr,
+):
+    """Bias, shift, residual; the rounded result; mean and sum of squared deviations of each channel of the tile."""
+    if HAS_BIAS:
+        b_acc += tl.load(p_bias + b_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if HAS_SHIFT:
+        b_acc += tl.load(p_shift + i_b * N + b_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    m = m_m[:, None] & m_n[None, :]
+    i_base = (i_b.to(tl.int64) * P + i_m * BLOCK_M) * N
+    b_at = b_m[:, None] * N + b_n[None, :]
+    if HAS_RESIDUAL:
+        b_acc += tl.load(p_residual + i_base + b_at, mask=m, other=0.0).to(tl.float32)
+    b_y = b_acc.to(p_y.dtype.element_ty)
+    tl.store(p_y + i_base + b_at, b_y, mask=m)
+    if STATISTICS:
+        b_r = tl.where(m, b_y.to(tl.float32), 0.0)
+        n = tl.minimum(P - i_m * BLOCK_M, BLOCK_M).to(tl.float32)
+        b_center = tl.sum(b_r, 0) / n
+        b_off = tl.where(m, b_r - b_center[None, :], 0.0)
+        i_part = (i_b.to(tl.int64) * tiles + i_m) * N + b_n
+        tl.store(p_mean + i_part, b_center, mask=m_n)
+        tl.store(p_m2 + i_part, tl.sum(b_off * b_off, 0), mask=m_n)
+
+
+@triton.jit
+def product(
+    b_acc,
+    p_a,
+    p_w,
+    i_pixel,
+    b_m,
+    m_m,
+    b_n,
+    m_n,
+    K,
+    N,
+    TRANSPOSED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """b_acc + a[pixels, K] times the weight, [N, K], or [K, N] where TRANSPOSED."""
+    b_k = tl.arange(0, BLOCK_K)
+    p_a += i_pixel * K + b_m[:, None] * K + b_k[None, :]
+    if TRANSPOSED:
+        p_w += b_k[:, None] * N + b_n[None, :]
+    else:
+        p_w += b_n[None, :] * K + b_k[:, None]
+    for i_k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            b_a = tl.load(p_a, mask=m_m[:, None], other=0.0)
+            b_w = tl.load(p_w, mask=m_n[None, :], other=0.0)
+        else:
+            m_k = i_k + b_k < K
+            b_a = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
+            b_w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        b_acc = tl.dot(b_a, b_w, b_acc, input_precision=PRECISION)
+        p_a += BLOCK_K
+        p_w += BLOCK_K * N if TRANSPOSED else BLOCK_K
+    return b_acc
+
+
+# ---- kernel ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pointwise_kernel(
+    p_d,
+    p_w,
+    p_y,
+    p_bias,
+    p_shift,
+    p_residual,
+    p_xs,
+    p_ws,
+    p_mean,
+    p_m2,
+    P,
+    K,
+    N,
+    KS,
+    tiles,
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_SHORTCUT: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = d w + bias + shift + residual + xs ws. Grid: B * tiles * cdiv(N, BLOCK_N), tiles = cdiv(P, BLOCK_M)."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    i_n, i_rest = tl.program_id(0) % blocks_n, tl.program_id(0) // blocks_n
+    i_m, i_b = i_rest % tiles, i_rest // tiles
+    b_m = tl.arange(0, BLOCK_M)
+    m_m = i_m * BLOCK_M + b_m < P
+    b_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = b_n < N
+    i_pixel = i_b.to(tl.int64) * P + i_m * BLOCK_M
+    b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_acc = product(b_acc, p_d, p_w, i_pixel, b_m, m_m, b_n, m_n, K, N, TRANSPOSED, EVEN_K, BLOCK_K, PRECISION)
+    if HAS_SHORTCUT:
+        b_acc = product(b_acc, p_xs, p_ws, i_pixel, b_m, m_m, b_n, m_n, KS, N, False, EVEN_K, BLOCK_K, PRECISION)
+    finish(
+        b_acc, p_y, p_bias, p_shift, p_residual, p_mean, p_m2, i_b, i_m, b_m, m_m, b_n, m_n, P, N, tiles,
+        BLOCK_M, HAS_BIAS, HAS_SHIFT, HAS_RESIDUAL, STATISTICS,
+    )  # fmt: skip
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
+
+# Widest first: the rule takes the first that fills the GPU.
+PRODUCT_CONFIGS = (
+    ProductConfig(128, 256, 64, 8, 3),
+    ProductConfig(128, 128, 64, 8, 3),
+    ProductConfig(128, 128, 64, 4, 3),
+    ProductConfig(64, 128, 64, 4, 4),
+    ProductConfig(64, 64, 64, 4, 4),
+)
+# fp32 products in full precision run on the ordinary units, whose accumulators take more registers.
+PRODUCT_CONFIGS_FP32 = (ProductConfig(64, 64, 32, 4, 2), ProductConfig(32, 64, 32, 4, 2))
+# AMD has 64 KiB of shared memory.
+PRODUCT_CONFIGS_HIP = (ProductConfig(128, 128, 64, 8, 2), ProductConfig(64, 64, 64, 4, 2))
+
+
+def product_configs(dtype: torch.dtype, nvidia: bool = True) -> tuple[ProductConfig, ...]:
+    """The product's candidates, widest first."""
+    if dtype == torch.float32:
+        return PRODUCT_CONFIGS_FP32
+    return PRODUCT_CONFIGS if nvidia else PRODUCT_CONFIGS_HIP
+
+
+def filling(
+    configs: tuple[ProductConfig, ...], samples: int, pixels: int, outputs: int, processors: int
+) -> ProductConfig:
+    """The first config with a program for every multiprocessor and no tile half empty; else the last."""
+    for config in configs:
+        programs = samples * triton.cdiv(pixels, config.block_m) * triton.cdiv(outputs, config.block_n)
+        if programs >= processors and config.block_n <= common.pow2(outputs):
+            return config
+    return configs[-1]
+
+
+def new_moments(y: Tensor, chunk: int) -> Moments:
+    """Uninitialised moments of ``y``."""
+    tiles = triton.cdiv(y.shape[2] * y.shape[3], chunk)
+    return Moments(torch.empty((2, y.shape[0], tiles, y.shape[1]), dtype=torch.float32, device=y.device), chunk)
+
+
+def launch_product(
+    d: Tensor, weight: Tensor, y: Tensor, transposed: bool, ending: Epilogue, config: ProductConfig
+) -> None:
+    batch, inputs, height, width = d.shape
+    outputs, pixels = y.shape[1], height * width
+    block_m, block_n, block_k, warps, stages = config
+    tiles = triton.cdiv(pixels, block_m)
+    pointwise_kernel[(batch * tiles * triton.cdiv(outputs, block_n),)](
+        d, weight, y, *ending.tensors(y), pixels, inputs, outputs, ending.inputs(), tiles,
+        TRANSPOSED=transposed, **ending.flags(), EVEN_K=inputs % block_k == 0 and ending.inputs() % block_k == 0,
+        PRECISION=common.precision(d.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def product_config(
+    d: Tensor, weight: Tensor, y: Tensor, transposed: bool, ending: Epilogue, statistics: bool
+) -> ProductConfig:
+    """The config for products of ``d``'s samples at a time."""
+    batch, inputs, height, width = d.shape
+    outputs, configs = y.shape[1], product_configs(d.dtype, torch.version.hip is None)
+    key = (str(d.dtype), batch, height * width, inputs, outputs, transposed, statistics, ending.inputs())
+
+    def launch(config: ProductConfig) -> None:
+        launch_product(
+            d, weight, y, transposed, ending.telling(new_moments(y, config.block_m) if statistics else None), config
+        )
+
+    default = filling(configs, batch, height * width, outputs, common.processors(d))
+    return tuning.choose("pointwise", key, configs, default, launch)
+
+
+def pointwise(
+    d: Tensor,
+    weight: Tensor,
+    *,
+    transposed: bool = False,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    shortcut: Pair | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The product of every pixel's channels with ``weight`` [O, C, 1, 1], or with its transpose, and what follows.
+
+    ``d`` [B, C, H, W] channels_last -> [B, O, H, W] channels_last; transposed: C and O the other way round.
+    """
+    outputs = weight.shape[1 if transposed else 0]
+    y = common.new_channels_last(d, d.shape[0], outputs, *d.shape[2:]) if out is None else out
+    ending = Epilogue(bias, shift, residual, shortcut)
+    launch_product(d, weight, y, transposed, ending, product_config(d, weight, y, transposed, ending, False))
+    return y
+
+
+ENDINGS = (
+    {"HAS_BIAS": False, "HAS_SHIFT": True, "HAS_RESIDUAL": False, "HAS_SHORTCUT": False, "STATISTICS": True},
+    {"HAS_BIAS": False, "HAS_SHIFT": False, "HAS_RESIDUAL": True, "HAS_SHORTCUT": False, "STATISTICS": False},
+    {"HAS_BIAS": True, "HAS_SHIFT": False, "HAS_RESIDUAL": False, "HAS_SHORTCUT": True, "STATISTICS": False},
+    {"HAS_BIAS": False, "HAS_SHIFT": False, "HAS_RESIDUAL": False, "HAS_SHORTCUT": False, "STATISTICS": False},
+)
+IMAGES = ("p_d", "p_y", "p_w", "p_bias", "p_shift", "p_residual", "p_xs", "p_ws")
+
+
+def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
+    """The kernel in every config that the launchers may choose: the block's two halves, its shortcut, a backward."""
+    flags = {"EVEN_K": True, "PRECISION": "ieee"}
+    return [
+        common.build(
+            pointwise_kernel,
+            dtype,
+            IMAGES,
+            config,
+            ("P", "K", "N", "KS"),
+            products=dtype != torch.float32,
+            **flags,
+            **ending,
+            TRANSPOSED=not any(ending.values()),
+        )
+        for config in product_configs(dtype, nvidia)
+        for ending in ENDINGS
+    ]
