@@ -115,7 +115,7 @@ def build(
     divisible: tuple[str, ...],
     *,
     products: bool = False,
-    **constants: bool | int | str,
+    **constants: bool | int | str | None,
 ) -> Build:
     """The build of a kernel for a config: fields that are no launch options are its constants, in capitals."""
     fields = config._asdict()

@@ -20,8 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from snapgen_kernels._library import like
-from snapgen_kernels._triton import common, weight_gradient
+from snapgen_kernels._triton import common, tuning, weight_gradient
 from snapgen_kernels._triton import group_norm_silu as norm_kernels
+from snapgen_kernels._triton.common import Build
+from snapgen_kernels._triton.depthwise import Affine, depthwise
+from snapgen_kernels._triton.pointwise import pointwise
+from snapgen_kernels._triton.sepconv import samples_at_once
+from snapgen_kernels._triton.weight_gradient import joined, new_parts
 
 
 class Config(NamedTuple):
@@ -33,7 +38,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
-DEPTHWISE_CONFIGS = {"wide": Config(16, 32, 4), "narrow": Config(4, 128, 4)}
+DEPTHWISE_CONFIGS = (Config(16, 32, 4), Config(8, 64, 4), Config(4, 128, 4))
 # Programs per multiprocessor, about three times what runs at once; more would lengthen the adding of their parts.
 PROGRAMS = 8
 # Rows of a program, at least: two more are read.
@@ -48,11 +53,9 @@ class GradientConfig(NamedTuple):
     num_warps: int
 
 
-GRADIENT_CONFIGS = {"wide": GradientConfig(32, 128, 4), "narrow": GradientConfig(128, 32, 4)}
+GRADIENT_CONFIGS = (GradientConfig(32, 128, 4), GradientConfig(64, 64, 4), GradientConfig(128, 32, 4))
 # Tiles of a program of the gradient kernel, at most: enough to make reading the parameters cheap.
 MAX_TILES = 8
-# Parts that are merged at a time.
-MERGE_BLOCK = 256
 
 
 @triton.jit
@@ -134,7 +137,7 @@ def _grown(sums, b_a, taps):
 
 
 @triton.jit
-def silu_and_slope(b_h, FAST: tl.constexpr):
+def _silu_and_slope(b_h, FAST: tl.constexpr):
     """silu(z) and its derivative for z = 2 h; see :func:`common.sigmoid`."""
     if FAST:
         b_t = tl.inline_asm_elementwise(
@@ -150,7 +153,7 @@ def silu_and_slope(b_h, FAST: tl.constexpr):
 
 
 @triton.jit
-def affine_of(p_mean, p_rstd, p_weight, p_bias, i_group, b_c, m_c, HAS_NORM: tl.constexpr):
+def _affine(p_mean, p_rstd, p_weight, p_bias, i_group, b_c, m_c, HAS_NORM: tl.constexpr):
     """mean, and scale and offset with h = z / 2 = (x - mean) scale + offset, for channels ``b_c`` of groups
     ``i_group``; each [1, BLOCK_C]."""
     if HAS_NORM:
@@ -169,7 +172,7 @@ def _activation(b_x, affine, HAS_NORM: tl.constexpr, FAST: tl.constexpr):
     b_x = b_x.to(tl.float32)
     if HAS_NORM:
         b_centered = b_x - affine[0]
-        b_a, b_slope = silu_and_slope(tl.fma(b_centered, affine[1], affine[2]), FAST)
+        b_a, b_slope = _silu_and_slope(tl.fma(b_centered, affine[1], affine[2]), FAST)
         return b_a, b_slope, b_centered
     else:
         return b_x, b_x, b_x
@@ -236,7 +239,7 @@ def depthwise_backward_kernel(
     b_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     b_w = i_w * BLOCK_W + tl.arange(0, BLOCK_W)
     m_c = b_c < C
-    affine = affine_of(p_mean, p_rstd, p_norm_weight, p_norm_bias, i_b * G + b_c // CG, b_c, m_c, HAS_NORM)
+    affine = _affine(p_mean, p_rstd, p_norm_weight, p_norm_bias, i_b * G + b_c // CG, b_c, m_c, HAS_NORM)
     weights_0 = _weights(p_weight, b_c, m_c, 0)
     weights_1 = _weights(p_weight, b_c, m_c, 1)
     weights_2 = _weights(p_weight, b_c, m_c, 2)
@@ -395,7 +398,7 @@ def norm_gradient_kernel(
     b_p = tl.arange(0, BLOCK_P)
     m_c = b_c < C
     i_group = i_b * G + b_c // CG
-    affine = affine_of(p_mean, p_rstd, p_weight, p_bias, i_group, b_c, m_c, True)
+    affine = _affine(p_mean, p_rstd, p_weight, p_bias, i_group, b_c, m_c, True)
     b_rstd = tl.load(p_rstd + i_group, mask=m_c, other=0.0)[None, :]
     b_dz_scale = b_rstd * tl.load(p_weight + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     b_x_scale = -b_rstd * b_rstd * tl.load(p_mean_gx + i_group, mask=m_c, other=0.0)[None, :]
@@ -414,42 +417,29 @@ def norm_gradient_kernel(
         tl.store(p_dx + i_first + b_off, b_dx.to(p_dx.dtype.element_ty), mask=m)
 
 
-class Norm(NamedTuple):
-    """A GroupNorm + SiLU prologue and its statistics of this input: mean and rstd, fp32 [B, G]."""
+class Parts(NamedTuple):
+    """Parts of sums over the pixels, fp32; None where not needed. weight: [B * parts, 9 or 10, C], the tenth that of
+    the bias. dz and dz xhat: [2, B, parts, C]."""
 
-    mean: Tensor
-    rstd: Tensor
-    weight: Tensor
-    bias: Tensor
-    num_groups: int
-
-
-class Depthwise(NamedTuple):
-    """What :class:`DepthwiseGradient` keeps per position: parts of sums over the pixels, fp32; None where not needed.
-
-    weight: [B * parts, 9 or 10, C]. dz, dzx: [B, parts, C].
-    """
-
-    da: Tensor | None
     weight: Tensor | None
-    dz: Tensor | None
-    dzx: Tensor | None
+    norm: Tensor | None
 
 
-def _pick_depthwise(width: int) -> Config:
-    return DEPTHWISE_CONFIGS["wide" if width > 8 else "narrow"]
+def _narrowest(configs: Sequence[Config], width: int) -> Config:
+    """The first config that is no wider than the image, so that few columns are computed for nothing."""
+    return next((config for config in configs if config.block_w <= common.pow2(width)), configs[-1])
 
 
 def depthwise_backward(
     dd: Tensor,
     x: Tensor,
     weight: Tensor,
-    norm: Norm | None,
+    norm: Affine | None,
     stride: int,
     upsample: bool,
     da: Tensor | None,
     needs: tuple[bool, bool, bool],
-) -> Depthwise:
+) -> Parts:
     """One pass over x [B, C, H, W] and dd [B, C, H', W'], both channels_last: da is filled where it is given.
 
     needs: whether the gradient of the weight, that of the bias, and the sums for the norm are wanted.
@@ -458,134 +448,126 @@ def depthwise_backward(
     out_height, out_width = dd.shape[2:]
     rows_all, columns = (out_height, out_width) if stride == 2 and not upsample else (height, width)
     in_weight, in_bias, in_sums = needs
+    pointers = (x, x, x, x) if norm is None else norm[:4]
+    groups = 1 if norm is None else norm.num_groups
 
-    def launch(config: Config) -> Depthwise:
+    def launch(config: Config) -> Parts:
         blocks_w, blocks_c = triton.cdiv(columns, config.block_w), triton.cdiv(channels, config.block_c)
         wanted = triton.cdiv(PROGRAMS * common.processors(x), batch * blocks_w * blocks_c)
         rows = min(max(triton.cdiv(rows_all, wanted), MIN_ROWS), rows_all)
         chunks = triton.cdiv(rows_all, rows)
         parts = chunks * blocks_w
-        dweight = dz = dzx = None
-        if in_weight or in_bias:
-            dweight = weight_gradient.new_parts(x, batch * parts, 10 if in_bias else 9, channels)
-        if in_sums and norm is not None:
-            dz, dzx = weight_gradient.new_parts(x, 2, batch, parts, channels)
-        depthwise_backward_kernel[(batch * chunks * blocks_w * blocks_c,)](
-            x,
-            dd,
-            da,
-            weight,
-            norm and norm.mean,
-            norm and norm.rstd,
-            norm and norm.weight,
-            norm and norm.bias,
-            dweight,
-            dz,
-            dzx,
-            channels,
-            height,
-            width,
-            out_height,
-            out_width,
-            norm.num_groups if norm else 1,
-            channels // norm.num_groups if norm else channels,
-            rows,
-            chunks,
-            STRIDE=stride,
-            UPSAMPLE=upsample,
-            HAS_NORM=norm is not None,
-            BIAS=in_bias,
-            FAST=common.fast(x.dtype),
-            BLOCK_W=config.block_w,
-            BLOCK_C=config.block_c,
-            num_warps=config.num_warps,
+        found = Parts(
+            new_parts(x, batch * parts, 10 if in_bias else 9, channels) if in_weight or in_bias else None,
+            new_parts(x, 2, batch, parts, channels) if in_sums else None,
         )
-        return Depthwise(da, dweight, dz, dzx)
+        dz, dzx = (None, None) if found.norm is None else found.norm
+        depthwise_backward_kernel[(batch * chunks * blocks_w * blocks_c,)](
+            x, dd, da, weight, *pointers, found.weight, dz, dzx,
+            channels, height, width, out_height, out_width, groups, channels // groups, rows, chunks,
+            STRIDE=stride, UPSAMPLE=upsample, HAS_NORM=norm is not None, BIAS=in_bias,
+            FAST=norm is not None and common.fast(x.dtype),
+            BLOCK_W=config.block_w, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        )  # fmt: skip
+        return found
 
-    return launch(_pick_depthwise(columns))
+    key = (str(x.dtype), *x.shape, stride, upsample, norm is not None, da is not None, *needs)
+    default = _narrowest(DEPTHWISE_CONFIGS, columns)
+    return launch(tuning.choose("depthwise_backward", key, DEPTHWISE_CONFIGS, default, launch))
 
 
-def norm_gradient(x: Tensor, da: Tensor, add: Tensor | None, norm: Norm, mean_g: Tensor, mean_gx: Tensor) -> None:
-    """Turn da, [B, C, H, W] as x (channels_last), into dx in place; mean_g and mean_gx [B, G]."""
+def norm_gradient(x: Tensor, da: Tensor, add: Tensor | None, norm: Affine, means: Tensor) -> None:
+    """Turn da, [B, C, H, W] as x (channels_last), into dx in place; means: mean_g and mean_gx, [2, B, G]."""
     batch, channels, height, width = x.shape
+    pixels = height * width
 
-    def launch(config: GradientConfig) -> None:
-        steps, blocks_c = triton.cdiv(height * width, config.block_p), triton.cdiv(channels, config.block_c)
+    def launch(config: GradientConfig, dx: Tensor) -> None:
+        steps, blocks_c = triton.cdiv(pixels, config.block_p), triton.cdiv(channels, config.block_c)
         tiles = min(triton.cdiv(steps * batch * blocks_c, 16 * common.processors(x)), MAX_TILES)
         chunks = triton.cdiv(steps, tiles)
         norm_gradient_kernel[(batch * chunks * blocks_c,)](
-            x,
-            da,
-            add,
-            da,
-            norm.weight,
-            norm.bias,
-            norm.mean,
-            norm.rstd,
-            mean_g,
-            mean_gx,
-            channels,
-            height * width,
-            norm.num_groups,
-            channels // norm.num_groups,
-            tiles,
-            chunks,
-            FAST=common.fast(x.dtype),
-            BLOCK_P=config.block_p,
-            BLOCK_C=config.block_c,
-            num_warps=config.num_warps,
-        )
+            x, da, add, dx, norm.weight, norm.bias, norm.mean, norm.rstd, means[0], means[1],
+            channels, pixels, norm.num_groups, channels // norm.num_groups, tiles, chunks,
+            FAST=common.fast(x.dtype), BLOCK_P=config.block_p, BLOCK_C=config.block_c, num_warps=config.num_warps,
+        )  # fmt: skip
 
-    launch(GRADIENT_CONFIGS["wide" if channels > 64 else "narrow"])
-
-
-def _merged_norm(
-    dz: Tensor, dzx: Tensor, norm: Norm, pixels: int, parameters: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """mean_g and mean_gx [B, G] of the parts [B, parts, C], and where ``parameters`` the norm's dweight and dbias."""
-    batch, parts, channels = dz.shape
-    per_group = channels // norm.num_groups
-    sums = weight_gradient.new_parts(dz, 2, batch, channels)
-    means = weight_gradient.new_parts(dz, 2, batch, norm.num_groups)
-    block_c = common.pow2(per_group)
-    norm_kernels.merge_sums_kernel[(batch * norm.num_groups,)](
-        dz,
-        dzx,
-        norm.weight,
-        sums[0],
-        sums[1],
-        means[0],
-        means[1],
-        channels,
-        pixels,
-        norm.num_groups,
-        parts,
-        CG=per_group,
-        BLOCK_CG=block_c,
-        BLOCK=max(1, min(MERGE_BLOCK, 4096 // block_c)),
-        num_warps=4,
+    key = (str(x.dtype), batch, pixels, channels, add is not None)
+    default = next((c for c in GRADIENT_CONFIGS if c.block_c <= common.pow2(channels)), GRADIENT_CONFIGS[-1])
+    # Timed runs must leave da as it is.
+    config = tuning.choose(
+        "norm_gradient", key, GRADIENT_CONFIGS, default, lambda config: launch(config, torch.empty_like(da))
     )
-    if not parameters:
-        return means[0], means[1], None, None
+    launch(config, da)
+
+
+def _merged_norm(parts: Tensor, norm: Affine, pixels: int) -> tuple[Tensor, Tensor]:
+    """Of parts [2, B, parts, C] the sums of dz and dz xhat, [2, B, C], and their means by group, [2, B, G], weighted
+    with the norm's weight."""
+    _, batch, count, channels = parts.shape
+    per_group = channels // norm.num_groups
+    sums, means = new_parts(parts, 2, batch, channels), new_parts(parts, 2, batch, norm.num_groups)
+    block_c = common.pow2(per_group)
+    block = max(1, min(norm_kernels.MERGE_BLOCK, 4096 // block_c))
+    norm_kernels.merge_sums_kernel[(batch * norm.num_groups,)](
+        parts[0], parts[1], norm.weight, sums[0], sums[1], means[0], means[1],
+        channels, pixels, norm.num_groups, count, CG=per_group, BLOCK_CG=block_c, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return sums, means
+
+
+def _norm_parameters(sums: Tensor, norm: Affine) -> tuple[Tensor, Tensor]:
+    """The gradients of the norm's weight and bias of the sums over the pixels, [2, B, C]."""
     dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+    _, batch, channels = sums.shape
     norm_kernels.parameters_kernel[(triton.cdiv(channels, 64),)](
         sums[0], sums[1], dweight, dbias, batch, channels, BLOCK_B=16, BLOCK_C=64, num_warps=4
     )
-    return means[0], means[1], dweight, dbias
+    return dweight, dbias
 
 
-def _added_depthwise(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _depthwise_parameters(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The gradients of weight [C, 1, 3, 3] and bias [C] of their parts [any, 9 or 10, C]."""
-    channels = weight.shape[0]
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    channels, dweight = weight.shape[0], torch.empty_like(weight)
     if bias is None:
         return weight_gradient.add_parts(parts, dweight, inner=channels, strides=(1, 9)), None
-    sums = weight_gradient.add_parts(parts, weight_gradient.new_parts(parts, 10, channels))
+    sums = weight_gradient.add_parts(parts, new_parts(parts, 10, channels))
     return dweight.copy_(sums[:9].t().reshape(weight.shape)), sums[9].to(bias.dtype)
 
 
-class Half(NamedTuple):
-    """Gradients of :func:`half` by argument, in channels_last or contiguous memory; None where they are not needed."""
+class Saved(NamedTuple):
+    """What the forward of a separable convolution was called with: y = pointwise(depthwise3x3([up2x] [SiLU(norm] x [)])
+    + dw_bias) + pw_bias + shift. x is channels_last, the parameters are contiguous."""
+
+    x: Tensor
+    dw_weight: Tensor
+    pw_weight: Tensor
+    dw_bias: Tensor | None = None
+    pw_bias: Tensor | None = None
+    norm: Affine | None = None
+    shift: Tensor | None = None
+    stride: int = 1
+    upsample: bool = False
+
+
+class Wanted(NamedTuple):
+    """Which gradients of a :class:`Saved` are wanted; only of what is there."""
+
+    x: bool = False
+    dw_weight: bool = False
+    pw_weight: bool = False
+    dw_bias: bool = False
+    pw_bias: bool = False
+    norm_weight: bool = False
+    norm_bias: bool = False
+    shift: bool = False
+
+    @property
+    def norm(self) -> bool:
+        return self.norm_weight or self.norm_bias
+
+
+class Found(NamedTuple):
+    """The gradients, as :class:`Wanted`: x in channels_last, the others contiguous; maybe None where not wanted."""
 
     x: Tensor | None = None
     dw_weight: Tensor | None = None
@@ -597,78 +579,93 @@ class Half(NamedTuple):
     shift: Tensor | None = None
 
 
-def half(
-    dy: Tensor,
-    x: Tensor,
-    dw_weight: Tensor,
-    pw_weight: Tensor,
-    dw_bias: Tensor | None = None,
-    pw_bias: Tensor | None = None,
-    shift: Tensor | None = None,
-    *,
-    norm: Norm | None = None,
-    stride: int = 1,
-    upsample: bool = False,
-    add: Callable[[], Tensor] | None = None,
-    groups: int = 1,
-    needs: Sequence[bool],
-) -> Half:
-    """Backward of y = pointwise(depthwise3x3([up2x] [SiLU(norm] x [)]) + dw_bias) + pw_bias + shift.
+class Plan(NamedTuple):
+    """``samples`` samples at a time go through the kernels, so that their d and dd stay in the L2 cache."""
+
+    samples: int
+
+
+def plans(saved: Saved, dy: Tensor) -> tuple[tuple[Plan, ...], Plan]:
+    """The plans that a half may follow, and the rule's choice. ``samples`` divides the batch: all blocks are alike."""
+    batch, channels = saved.x.shape[:2]
+    fitting = samples_at_once(batch, channels * dy.shape[2] * dy.shape[3] * dy.element_size())
+    rule = Plan(next(n for n in range(fitting, 0, -1) if batch % n == 0))
+    return tuple(dict.fromkeys((rule, Plan(batch)))), rule
+
+
+def _in_blocks(
+    saved: Saved, dy: Tensor, wanted: Wanted, samples: int
+) -> tuple[Tensor | None, weight_gradient.Parts, Parts]:
+    """da, and the parts of all gradients that are sums over the pixels; ``samples`` samples at a time."""
+    x, norm, batch = saved.x, saved.norm, saved.x.shape[0]
+    da = torch.empty_like(x, memory_format=torch.channels_last) if wanted.x else None
+    in_sums = norm is not None and (wanted.x or wanted.norm)
+    outer, inner = [], []
+    for first in range(0, batch, samples):
+        some = slice(first, first + samples)
+        norm_some = None if norm is None else norm.samples(first, first + samples)
+        if wanted.pw_weight:
+            d = depthwise(x[some], saved.dw_weight, saved.dw_bias, norm_some, saved.stride, saved.upsample)
+            outer.append(weight_gradient.weight_parts(dy[some], d, wanted.pw_bias or wanted.shift))
+            del d  # dd takes its place
+        elif wanted.pw_bias or wanted.shift:
+            outer.append(weight_gradient.Parts(None, weight_gradient.channel_sums(dy[some])))
+        if wanted.x or wanted.dw_weight or wanted.dw_bias or in_sums:
+            dd = pointwise(dy[some], saved.pw_weight, transposed=True)
+            inner.append(
+                depthwise_backward(
+                    dd,
+                    x[some],
+                    saved.dw_weight,
+                    norm_some,
+                    saved.stride,
+                    saved.upsample,
+                    None if da is None else da[some],
+                    (wanted.dw_weight, wanted.dw_bias, in_sums),
+                )
+            )
+            del dd
+    return (
+        da,
+        weight_gradient.Parts(joined([part.weight for part in outer]), joined([part.sums for part in outer])),
+        Parts(joined([part.weight for part in inner]), joined([part.norm for part in inner], dim=1)),
+    )
+
+
+def half(saved: Saved, dy: Tensor, wanted: Wanted, add: Callable[[], Tensor] | None = None) -> Found:
+    """The backward of ``saved``.
 
     Args:
-        dy: [B, O, H', W']. x: [B, C, H, W]. Both channels_last and not empty; the other tensors contiguous.
-        add: gives [B, C, H, W] in channels_last, which is added to the gradient of x (only with a norm). Called last,
-            when other scratch memory has been freed.
-        groups: divides B; so many parts of the batch go through the kernels one after the other, so that d and dd of a
-            part stay in the GPU's cache.
-        needs: which gradients are wanted, in the order of :class:`Half`.
+        dy: [B, O, H', W'], channels_last. Neither it nor x is empty.
+        add: gives [B, C, H, W] in channels_last, to be added to the gradient of x; only with a norm. Called last, when
+            other scratch memory has been freed.
     """
-    from snapgen_kernels._triton import sepconv as forward_kernels
+    candidates, default = plans(saved, dy)
 
-    arguments = (x, dw_weight, pw_weight, dw_bias, pw_bias, norm, norm, shift)
-    in_x, in_dw, in_pw, in_dw_bias, in_pw_bias, in_norm_weight, in_norm_bias, in_shift = (
-        bool(need) and argument is not None for need, argument in zip(needs, arguments, strict=True)
+    def follow(plan: Plan) -> tuple[Tensor | None, weight_gradient.Parts, Parts]:
+        return _in_blocks(saved, dy, wanted, plan.samples)
+
+    key = (
+        str(dy.dtype), *saved.x.shape, dy.shape[1], saved.stride, saved.upsample, saved.norm is not None, *wanted
+    )  # fmt: skip
+    da, outer, inner = follow(tuning.choose("sepconv_backward", key, candidates, default, follow))
+    found = Found(
+        x=da,
+        pw_weight=weight_gradient.added(outer.weight, saved.pw_weight if wanted.pw_weight else None),
+        pw_bias=weight_gradient.added(outer.sums, saved.pw_bias if wanted.pw_bias else None),
+        shift=weight_gradient.added(outer.sums, saved.shift if wanted.shift else None, sets=dy.shape[0]),
     )
-    matrix = pw_weight.reshape(pw_weight.shape[:2])
-    in_norm = in_norm_weight or in_norm_bias
-    da = torch.empty_like(x, memory_format=torch.channels_last) if in_x else None
-    size = x.shape[0] // groups
-    outer, inner = [], []
-    for start in range(0, x.shape[0], size):
-        some = slice(start, start + size)
-        dy_some, x_some = dy[some], x[some]
-        norm_some = norm and norm._replace(mean=norm.mean[some], rstd=norm.rstd[some])
-
-        def d(x: Tensor = x_some, norm: Norm | None = norm_some) -> Tensor:
-            return forward_kernels.depthwise(x, dw_weight, dw_bias, norm, stride, upsample)
-
-        outer.append(weight_gradient.parts_of(dy_some, d, in_pw, in_pw_bias or in_shift))
-        if in_x or in_dw or in_dw_bias or in_norm:
-            dd = forward_kernels.pointwise(dy_some, matrix, transposed=True)
-            wanted = (in_dw, in_dw_bias, norm is not None and (in_x or in_norm))
-            da_some = None if da is None else da[some]
-            inner.append(depthwise_backward(dd, x_some, dw_weight, norm_some, stride, upsample, da_some, wanted))
-            del dd
-    found = weight_gradient.gradients(
-        outer, pw_weight if in_pw else None, pw_bias if in_pw_bias else None, shift if in_shift else None
-    )
-    result = Half(x=da, pw_weight=found.weight, pw_bias=found.bias, shift=found.shift)
-    parts = _joined([part.weight for part in inner])
-    if parts is not None:
-        dweight, dbias = _added_depthwise(parts, dw_weight, dw_bias if in_dw_bias else None)
-        result = result._replace(dw_weight=dweight, dw_bias=dbias)
-    dz, dzx = _joined([part.dz for part in inner]), _joined([part.dzx for part in inner])
-    if norm is not None and dz is not None and dzx is not None:
-        mean_g, mean_gx, dweight, dbias = _merged_norm(dz, dzx, norm, x.shape[2] * x.shape[3], in_norm)
-        result = result._replace(norm_weight=dweight, norm_bias=dbias)
+    if inner.weight is not None:
+        dweight, dbias = _depthwise_parameters(inner.weight, saved.dw_weight, saved.dw_bias if wanted.dw_bias else None)
+        found = found._replace(dw_weight=dweight, dw_bias=dbias)
+    if saved.norm is not None and inner.norm is not None:
+        sums, means = _merged_norm(inner.norm, saved.norm, saved.x.shape[2] * saved.x.shape[3])
+        if wanted.norm:
+            dweight, dbias = _norm_parameters(sums, saved.norm)
+            found = found._replace(norm_weight=dweight, norm_bias=dbias)
         if da is not None:
-            norm_gradient(x, da, add() if add else None, norm, mean_g, mean_gx)
-    return result
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return torch.cat(found) if len(found) > 1 else found[0] if found else None
+            norm_gradient(saved.x, da, None if add is None else add(), saved.norm, means)
+    return found
 
 
 def gradients(
@@ -685,9 +682,8 @@ def gradients(
     return tuple(results)
 
 
-def plain(tensor: Tensor | None) -> Tensor | None:
-    """A parameter in contiguous memory."""
-    return None if tensor is None else tensor.contiguous()
+def plain(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
 
 
 def backward(
@@ -715,46 +711,42 @@ def backward(
         return gradients([None] * len(arguments), arguments, needs, dy)
     norm = None
     if norm_weight is not None and norm_bias is not None:
-        norm = Norm(mean, rstd, norm_weight.contiguous(), norm_bias.contiguous(), num_groups)
-    found = half(
-        common.channels_last(dy),
+        norm = Affine(mean, rstd, norm_weight.contiguous(), norm_bias.contiguous(), num_groups)
+    saved = Saved(
         common.channels_last(x),
         dw_weight.contiguous(),
         pw_weight.contiguous(),
         plain(dw_bias),
         plain(pw_bias),
+        norm,
         plain(shift),
-        norm=norm,
-        stride=stride,
-        upsample=upsample,
-        needs=needs[:8],
+        stride,
+        upsample,
     )
+    there = [need and argument is not None for need, argument in zip(needs, arguments, strict=True)]
+    found = half(saved, common.channels_last(dy), Wanted(*there[:8]))
     dresidual = torch.empty_like(residual).copy_(dy) if residual is not None and needs[8] else None
     return gradients((*found, dresidual), arguments, needs, dy)
 
 
-def builds(dtype: torch.dtype, nvidia: bool) -> list[common.Build]:
-    """Every kernel of this file and every config that its launchers may choose, for activations of ``dtype``."""
-    name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
+    """Every kernel of this file in every config that its launchers may choose."""
     fast = nvidia and dtype == torch.bfloat16
-    found = []
-    pointers = {"p_x": name, "p_dd": name, "p_da": name, "p_weight": name}
-    for config in DEPTHWISE_CONFIGS.values():
-        options = {"num_warps": config.num_warps}
+    found: list[Build] = []
+    for config in DEPTHWISE_CONFIGS:
         for stride, upsample in ((1, False), (2, False), (1, True), (2, True)):
-            for normed in (True, False):
-                for variant in ("weight", "bias", "input", "only weight"):
-                    constants: dict[str, Any] = {"BLOCK_W": config.block_w, "BLOCK_C": config.block_c}
-                    constants |= {"STRIDE": stride, "UPSAMPLE": upsample, "HAS_NORM": normed, "FAST": fast}
-                    constants |= {"BIAS": variant == "bias"} | ({"p_dweight": None} if variant == "input" else {})
-                    if not normed or variant == "only weight":
-                        constants |= {"p_dz": None, "p_dzx": None}
-                    constants |= {"p_da": None} if variant == "only weight" else {}
-                    found.append(common.Build(depthwise_backward_kernel, constants, pointers, options, ("C",)))
-    pointers = {"p_x": name, "p_da": name, "p_add": name, "p_dx": name}
-    for gradient in GRADIENT_CONFIGS.values():
+            for norm in (True, False):
+                for wanted in ("all", "no bias", "input", "weight"):
+                    flags: dict[str, Any] = {"STRIDE": stride, "UPSAMPLE": upsample, "HAS_NORM": norm}
+                    flags |= {"BIAS": wanted == "all", "FAST": norm and fast}
+                    flags |= {"p_dweight": None} if wanted == "input" else {}
+                    flags |= {"p_da": None} if wanted == "weight" else {}
+                    flags |= {} if norm and wanted != "weight" else {"p_dz": None, "p_dzx": None}
+                    images = ("p_x", "p_dd", "p_da", "p_weight")
+                    found.append(common.build(depthwise_backward_kernel, dtype, images, config, ("C",), **flags))
+    images = ("p_x", "p_da", "p_add", "p_dx")
+    for gradient in GRADIENT_CONFIGS:
         for extra in ({"p_add": None}, {}):
-            constants = {"BLOCK_P": gradient.block_p, "BLOCK_C": gradient.block_c, "FAST": fast, **extra}
-            options = {"num_warps": gradient.num_warps}
-            found.append(common.Build(norm_gradient_kernel, constants, pointers, options, ("C",)))
+            flags = {"FAST": fast, **extra}
+            found.append(common.build(norm_gradient_kernel, dtype, images, gradient, ("C",), **flags))
     return found

@@ -7,7 +7,7 @@ parts are added in a fixed order: no atomics, a repeat is bitwise equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from snapgen_kernels._triton import common
+from snapgen_kernels._triton import common, tuning
+from snapgen_kernels._triton.common import Build
 
 
 class Config(NamedTuple):
@@ -28,15 +29,17 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# At most 96 KB of shared memory, so that every NVIDIA GPU from sm_80 on takes them.
-WEIGHT_CONFIGS = {
-    "large": Config(128, 128, 64, 8, 3),
-    "tall": Config(128, 64, 64, 4, 3),
-    "wide": Config(64, 128, 64, 4, 3),
-    "small": Config(64, 64, 64, 4, 3),
-}
-# fp32: products without tensor cores, or with half of their rate.
-WEIGHT_CONFIGS_FP32 = {"large": Config(64, 64, 32, 8, 2), "small": Config(32, 32, 32, 4, 2)}
+# Widest first. At most 96 KB of shared memory, so that every NVIDIA GPU from sm_80 on takes them.
+WEIGHT_CONFIGS = (
+    Config(128, 128, 64, 8, 3),
+    Config(128, 64, 64, 4, 3),
+    Config(64, 128, 64, 4, 3),
+    Config(64, 64, 64, 4, 3),
+)
+# fp32 products in full precision run on the ordinary units.
+WEIGHT_CONFIGS_FP32 = (Config(64, 64, 32, 8, 2), Config(32, 32, 32, 4, 2))
+# AMD has 64 KiB of shared memory.
+WEIGHT_CONFIGS_HIP = (Config(128, 128, 64, 8, 2), Config(64, 64, 64, 4, 2))
 # Splits beyond this many programs per multiprocessor cost more in parts than they win.
 PROGRAMS = 2
 # Pixels of a split, at least: below, reading and adding the parts outweighs the product.
@@ -53,7 +56,8 @@ class AddConfig(NamedTuple):
     num_warps: int
 
 
-ADD_CONFIGS = {"few": AddConfig(8, 256, 4), "many": AddConfig(64, 32, 4)}
+# For many values of few parts, and for few values of many parts.
+ADD_CONFIGS = (AddConfig(8, 256, 4), AddConfig(64, 32, 4))
 
 
 class SumsConfig(NamedTuple):
@@ -64,7 +68,7 @@ class SumsConfig(NamedTuple):
     num_warps: int
 
 
-SUMS_CONFIGS = {"wide": SumsConfig(32, 128, 4), "narrow": SumsConfig(128, 32, 4)}
+SUMS_CONFIGS = (SumsConfig(32, 128, 4), SumsConfig(128, 32, 4))
 
 
 @triton.jit
@@ -87,7 +91,7 @@ def _product(
     b_off_dy = b_p[:, None] * OUT + b_o[None, :]
     b_off_d = b_p[:, None] * C + b_c[None, :]
     m_o, m_c = (b_o < OUT)[None, :], (b_c < C)[None, :]
-    b_ones = tl.full([BLOCK_P, ONES], 1.0, dtype=p_dy.dtype.element_ty)
+    b_ones = tl.full([BLOCK_P, ONES], 1.0, dtype=tl.float32).to(p_dy.dtype.element_ty)
     b_weight = tl.zeros([BLOCK_O, BLOCK_C], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_O, ONES], dtype=tl.float32)
     for i_p in range(0, pixels, BLOCK_P):
@@ -122,7 +126,7 @@ def weight_gradient_kernel(
     """Per split (a chunk of the pixels of one sample) its part of dy^T d, [OUT, C], and where SUMS that of the sums of
     dy, [OUT].
 
-    Grid: B * chunks * cdiv(OUT, BLOCK_O) * cdiv(C, BLOCK_C); the tiles of one split run side by side and share its rows.
+    Grid: B * chunks * cdiv(OUT, BLOCK_O) * cdiv(C, BLOCK_C); the tiles of a split run side by side and share its rows.
     """
     blocks_o, blocks_c = tl.cdiv(OUT, BLOCK_O), tl.cdiv(C, BLOCK_C)
     i_program = tl.program_id(0)
@@ -198,7 +202,7 @@ def add_parts(
     ``inner`` and ``strides`` say where value i of n goes in ``out`` (see :func:`add_parts_kernel`); else to i.
     """
     total, n = parts.shape[0] // sets, parts[0].numel()
-    config = ADD_CONFIGS["many" if total > 64 and n <= 1 << 16 else "few"]
+    config = ADD_CONFIGS[1 if total > 64 and n <= 1 << 16 else 0]
     add_parts_kernel[(triton.cdiv(n, config.block), sets)](
         parts,
         out,
@@ -213,12 +217,19 @@ def add_parts(
     return out
 
 
-def _pick_weight(dtype: torch.dtype, outputs: int, channels: int) -> Config:
+def weight_configs(dtype: torch.dtype, nvidia: bool) -> tuple[Config, ...]:
+    """The candidates, widest first."""
     if dtype == torch.float32:
-        return WEIGHT_CONFIGS_FP32["small" if min(outputs, channels) <= 32 else "large"]
-    if outputs > 64:
-        return WEIGHT_CONFIGS["large" if channels > 64 else "tall"]
-    return WEIGHT_CONFIGS["wide" if channels > 64 else "small"]
+        return WEIGHT_CONFIGS_FP32
+    return WEIGHT_CONFIGS if nvidia else WEIGHT_CONFIGS_HIP
+
+
+def _fitting(configs: Sequence[Config], outputs: int, channels: int) -> Config:
+    """The first config of whose tile no half is empty; else the last."""
+    for config in configs:
+        if config.block_o <= common.pow2(outputs) and config.block_c <= common.pow2(channels):
+            return config
+    return configs[-1]
 
 
 def _splits(config: Config, dy: Tensor, channels: int) -> int:
@@ -232,7 +243,7 @@ def _splits(config: Config, dy: Tensor, channels: int) -> int:
 def channel_sums(x: Tensor) -> Tensor:
     """Parts of the sums over pixels of ``x`` [B, C, H, W] (channels_last): [B * chunks, C]."""
     batch, channels, height, width = x.shape
-    config = SUMS_CONFIGS["wide" if channels > 64 else "narrow"]
+    config = SUMS_CONFIGS[0 if channels > 64 else 1]
     steps, blocks_c = triton.cdiv(height * width, config.block_p), triton.cdiv(channels, config.block_c)
     tiles = triton.cdiv(steps * batch * blocks_c, 8 * common.processors(x))
     chunks = triton.cdiv(steps, tiles)
@@ -251,15 +262,23 @@ def channel_sums(x: Tensor) -> Tensor:
     return sums
 
 
-def weight_parts(dy: Tensor, d: Tensor, sums: bool) -> tuple[Tensor, Tensor | None]:
-    """Parts of dy^T d, [splits, O, C], and where ``sums`` of the sums of dy over the pixels, [B * any, O].
+class Parts(NamedTuple):
+    """Parts of the gradients of a pointwise convolution's parameters, fp32; None where not needed. weight: [any, O, C].
+    sums: of dy over the pixels, [B * any, O]."""
+
+    weight: Tensor | None
+    sums: Tensor | None
+
+
+def weight_parts(dy: Tensor, d: Tensor, sums: bool) -> Parts:
+    """Parts of dy^T d, and of the sums of dy where ``sums``.
 
     dy [B, O, H, W] and d [B, C, H, W] in channels_last, not empty.
     """
     batch, outputs, height, width = dy.shape
     channels = d.shape[1]
 
-    def launch(config: Config) -> tuple[Tensor, Tensor | None]:
+    def launch(config: Config) -> Parts:
         splits = _splits(config, dy, channels)
         # Sums belong to a sample each. Where splits hold several samples they are cheaper in a pass of their own.
         inside = sums and splits >= batch
@@ -287,80 +306,38 @@ def weight_parts(dy: Tensor, d: Tensor, sums: bool) -> tuple[Tensor, Tensor | No
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        return parts, channel_sums(dy) if sums and not inside else found
+        return Parts(parts, channel_sums(dy) if sums and not inside else found)
 
-    return launch(_pick_weight(dy.dtype, outputs, channels))
-
-
-class Parts(NamedTuple):
-    """Parts of the gradients of a pointwise convolution's parameters, None where they are not needed: of the weight,
-    [any, O, C], and of the sums of dy over the pixels, [B * any, O]."""
-
-    weight: Tensor | None = None
-    sums: Tensor | None = None
+    configs = weight_configs(dy.dtype, torch.version.hip is None)
+    key = (str(dy.dtype), batch, height * width, outputs, channels, sums)
+    return launch(tuning.choose("weight_gradient", key, configs, _fitting(configs, outputs, channels), launch))
 
 
-def parts_of(dy: Tensor, d: Callable[[], Tensor], weight: bool, sums: bool) -> Parts:
-    """The parts that are asked for: dy [B, O, H, W], d() [B, C, H, W], both channels_last and not empty."""
-    if weight:
-        return Parts(*weight_parts(dy, d(), sums))
-    return Parts(sums=channel_sums(dy) if sums else None)
+def joined(parts: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
+    """The parts of several blocks of samples in one tensor; None where there are none."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found, dim) if len(found) > 1 else found[0] if found else None
 
 
-class Gradients(NamedTuple):
-    """Gradients of a pointwise convolution's parameters, in contiguous memory; None where they are not needed."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    shift: Tensor | None
-
-
-def gradients(parts: Sequence[Parts], weight: Tensor | None, bias: Tensor | None, shift: Tensor | None) -> Gradients:
-    """Add the parts of groups of samples, of equal sizes, to the gradients of those parameters that are given.
-
-    weight: [O, C, 1, 1]. bias: [O]. shift: [B, O].
-    """
-
-    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        found = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(found) if len(found) > 1 else found[0] if found else None
-
-    def added(found: Tensor | None, parameter: Tensor | None, sets: int) -> Tensor | None:
-        if found is None or parameter is None:
-            return None
-        return add_parts(found, torch.empty_like(parameter, memory_format=torch.contiguous_format), sets=sets)
-
-    sums = joined([part.sums for part in parts])
-    return Gradients(
-        added(joined([part.weight for part in parts]), weight, 1),
-        added(sums, bias, 1),
-        added(sums, shift, 1 if shift is None else shift.shape[0]),
-    )
+def added(parts: Tensor | None, parameter: Tensor | None, sets: int = 1) -> Tensor | None:
+    """The gradient of a contiguous ``parameter``, of its parts; None where either is. sets: see :func:`add_parts`."""
+    if parts is None or parameter is None:
+        return None
+    return add_parts(parts, torch.empty_like(parameter), sets=sets)
 
 
-def builds(dtype: torch.dtype, nvidia: bool) -> list[common.Build]:
-    """Every kernel of this file and every config that its launchers may choose, for activations of ``dtype``."""
-    name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    configs = WEIGHT_CONFIGS_FP32 if dtype == torch.float32 else WEIGHT_CONFIGS
-    found = []
-    for config in configs.values():
+def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
+    """Every kernel of this file in every config that its launchers may choose."""
+    found: list[Build] = []
+    for config in weight_configs(dtype, nvidia):
         for sums in (False, True):
-            constants: dict[str, Any] = dict(zip(("BLOCK_O", "BLOCK_C", "BLOCK_P"), config, strict=False))
-            constants |= {"SUMS": sums, "PRECISION": "ieee"} | ({} if sums else {"p_sums": None})
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            pointers = {"p_dy": name, "p_d": name}
-            products = dtype != torch.float32
+            flags: dict[str, Any] = {"SUMS": sums, "PRECISION": "ieee"} | ({} if sums else {"p_sums": None})
+            sizes, products = ("OUT", "C", "chunk"), dtype != torch.float32
             found.append(
-                common.Build(weight_gradient_kernel, constants, pointers, options, ("OUT", "C", "chunk"), products)
+                common.build(weight_gradient_kernel, dtype, ("p_dy", "p_d"), config, sizes, products=products, **flags)
             )
-    for config in ADD_CONFIGS.values():
-        constants = {"BLOCK_S": config.block_s, "BLOCK": config.block, "s_inner": 1}
-        found.append(
-            common.Build(add_parts_kernel, constants, {"p_out": name}, {"num_warps": config.num_warps}, ("n", "inner"))
-        )
-    for config in SUMS_CONFIGS.values():
-        constants = {"BLOCK_P": config.block_p, "BLOCK_C": config.block_c}
-        found.append(
-            common.Build(channel_sums_kernel, constants, {"p_x": name}, {"num_warps": config.num_warps}, ("C",))
-        )
+    for add in ADD_CONFIGS:
+        found.append(common.build(add_parts_kernel, dtype, ("p_out",), add, ("n", "inner"), s_inner=1))
+    for shape in SUMS_CONFIGS:
+        found.append(common.build(channel_sums_kernel, dtype, ("p_x",), shape, ("C",)))
     return found
