@@ -29,10 +29,10 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# Widest first. At most 96 KB of shared memory, so that every NVIDIA GPU from sm_80 on takes them.
+# Widest first.
 WEIGHT_CONFIGS = (
+    Config(256, 128, 32, 8, 4),
     Config(128, 128, 64, 8, 3),
-    Config(128, 64, 64, 4, 3),
     Config(64, 128, 64, 4, 3),
     Config(64, 64, 64, 4, 3),
 )
@@ -40,8 +40,10 @@ WEIGHT_CONFIGS = (
 WEIGHT_CONFIGS_FP32 = (Config(64, 64, 32, 8, 2), Config(32, 32, 32, 4, 2))
 # AMD has 64 KiB of shared memory.
 WEIGHT_CONFIGS_HIP = (Config(128, 128, 64, 8, 2), Config(64, 64, 64, 4, 2))
-# Splits beyond this many programs per multiprocessor cost more in parts than they win.
-PROGRAMS = 2
+# Accumulators of a multiprocessor's programs, so many that they run at once. More splits would fill the GPU no better,
+# and each has its part to write and to read.
+VALUES = 2 * 128 * 128
+MAX_PROGRAMS = 4
 # Pixels of a split, at least: below, reading and adding the parts outweighs the product.
 MIN_PIXELS = 256
 # Columns of ones that add up dy on the tensor cores: the narrowest product that there is.
@@ -88,16 +90,16 @@ def _product(
 ):
     """dy^T d over ``pixels`` rows of both, [BLOCK_O, BLOCK_C], and where SUMS the sums of dy, [BLOCK_O, ONES]."""
     b_p = tl.arange(0, BLOCK_P)
-    b_off_dy = b_p[:, None] * OUT + b_o[None, :]
+    b_off_dy = b_p[None, :] * OUT + b_o[:, None]  # transposed
     b_off_d = b_p[:, None] * C + b_c[None, :]
-    m_o, m_c = (b_o < OUT)[None, :], (b_c < C)[None, :]
+    m_o, m_c = (b_o < OUT)[:, None], (b_c < C)[None, :]
     b_ones = tl.full([BLOCK_P, ONES], 1.0, dtype=tl.float32).to(p_dy.dtype.element_ty)
     b_weight = tl.zeros([BLOCK_O, BLOCK_C], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_O, ONES], dtype=tl.float32)
     for i_p in range(0, pixels, BLOCK_P):
-        m_p = (b_p < pixels - i_p)[:, None]
-        b_dy = tl.trans(tl.load(p_dy + b_off_dy, mask=m_p & m_o, other=0.0))
-        b_d = tl.load(p_d + b_off_d, mask=m_p & m_c, other=0.0)
+        m_p = b_p < pixels - i_p
+        b_dy = tl.load(p_dy + b_off_dy, mask=m_p[None, :] & m_o, other=0.0)
+        b_d = tl.load(p_d + b_off_d, mask=m_p[:, None] & m_c, other=0.0)
         b_weight = tl.dot(b_dy, b_d, b_weight, input_precision=PRECISION)
         if SUMS:
             b_sums = tl.dot(b_dy, b_ones, b_sums, input_precision="ieee")
@@ -236,8 +238,8 @@ def _splits(config: Config, dy: Tensor, channels: int) -> int:
     """How many splits fill the GPU with programs, by shape alone."""
     batch, outputs, height, width = dy.shape
     tiles = triton.cdiv(outputs, config.block_o) * triton.cdiv(channels, config.block_c)
-    wanted = triton.cdiv(PROGRAMS * common.processors(dy), tiles)
-    return max(1, min(wanted, batch * height * width // MIN_PIXELS))
+    programs = min(MAX_PROGRAMS, VALUES // (config.block_o * config.block_c)) * common.processors(dy)
+    return max(1, min(programs // tiles, batch * height * width // MIN_PIXELS))
 
 
 def channel_sums(x: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def test_partial_sums_inside_and_outside_of_the_product(monkeypatch: pytest.Monk
     monkeypatch.setattr(weight_gradient, "MIN_PIXELS", 16)
     counts = []
     for programs in (2, 0):
-        monkeypatch.setattr(weight_gradient, "PROGRAMS", programs)
+        monkeypatch.setattr(weight_gradient, "MAX_PROGRAMS", programs)
         parts = weight_gradient.weight_parts(dy, d, True)
         assert parts.weight is not None and parts.sums is not None
         counts.append(parts.weight.shape[0])
