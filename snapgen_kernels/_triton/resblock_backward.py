@@ -53,11 +53,7 @@ def backward(
 
     second = half(saved2, dy, in_second)
     first = Found() if second.x is None else half(saved1, second.x, in_first, along_shortcut)
-    shortcut = weight_gradient.Parts(None, None)
-    if in_skip and skip_weight is not None:
-        shortcut = weight_gradient.weight_parts(dy, x, in_skip_bias)
-    elif in_skip_bias:
-        shortcut = weight_gradient.Parts(None, weight_gradient.channel_sums(dy))
+    shortcut = weight_gradient.parts_of(dy, lambda: x, in_skip, in_skip_bias)
     found = (
         *(first.x, first.shift, first.norm_weight, first.norm_bias, first.dw_weight, first.pw_weight),
         *(second.norm_weight, second.norm_bias, second.dw_weight, second.pw_weight),

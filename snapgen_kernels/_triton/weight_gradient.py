@@ -7,7 +7,7 @@ parts are added in a fixed order: no atomics, a repeat is bitwise equal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -315,10 +315,11 @@ def weight_parts(dy: Tensor, d: Tensor, sums: bool) -> Parts:
     return launch(tuning.choose("weight_gradient", key, configs, _fitting(configs, outputs, channels), launch))
 
 
-def joined(parts: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
-    """The parts of several blocks of samples in one tensor; None where there are none."""
-    found = [part for part in parts if part is not None]
-    return torch.cat(found, dim) if len(found) > 1 else found[0] if found else None
+def parts_of(dy: Tensor, d: Callable[[], Tensor], weight: bool, sums: bool) -> Parts:
+    """The parts that are wanted; d() is called only for those of the weight."""
+    if weight:
+        return weight_parts(dy, d(), sums)
+    return Parts(None, channel_sums(dy) if sums else None)
 
 
 def added(parts: Tensor | None, parameter: Tensor | None, sets: int = 1) -> Tensor | None:

@@ -156,10 +156,10 @@ def test_with_the_forward_kernels(op: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("flags", ["all", "down-normed", "up-normed", "up-down", "bias"])
 def test_many_chunks_are_merged(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of rows, splits of pixels, blocks of samples; a large mean; a repeat: exact and bitwise equal."""
-    from snapgen_kernels._triton import group_norm_silu, sepconv, sepconv_backward, weight_gradient
+    from snapgen_kernels._triton import depthwise_backward, group_norm_silu, sepconv, weight_gradient
 
     monkeypatch.setattr(group_norm_silu, "MERGE_BLOCK", 2)
-    monkeypatch.setattr(sepconv_backward, "MIN_ROWS", 2)
+    monkeypatch.setattr(depthwise_backward, "MIN_ROWS", 2)
     monkeypatch.setattr(weight_gradient, "MIN_PIXELS", 16)
     monkeypatch.setattr(weight_gradient, "ADD_CONFIGS", [weight_gradient.AddConfig(2, 64, 4)] * 2)
     monkeypatch.setattr(sepconv, "SCRATCH_BYTES", 1)
