@@ -52,6 +52,9 @@ class Case:
     offset: float = 0.0
     seed: int = field(default=0)
 
+    def __hash__(self) -> int:  # `dims` has none
+        return hash(str(self))
+
     def __str__(self) -> str:
         return f"{self.op}-{self.name}-{str(self.dtype).removeprefix('torch.')}-{self.layout}"
 
@@ -510,3 +513,12 @@ def small_cases(op: str) -> list[Case]:
 def bench_cases(op: str) -> list[Case]:
     """The cases of ``op`` in the model's own shapes."""
     return [case for case in CASES[op] if case.bench]
+
+
+def model_shapes(batch: int | None = None) -> dict[str, list[dict[str, int]]]:
+    """The model's own shapes per op, as ``snapgen_kernels.warmup`` takes them; ``batch`` replaces their batch size."""
+    sizes = {op: {case.name: dict(case.dims) for case in bench_cases(op)} for op in SPECS}
+    return {
+        op: [dims if batch is None else {**dims, "B": batch} for dims in by_name.values()]
+        for op, by_name in sizes.items()
+    }

@@ -17,22 +17,24 @@ from torch import Tensor
 
 
 @triton.jit
+def tanh_approx(b_x):
+    """tanh by one instruction (relative error 2^-11, enough for bf16), NVIDIA only."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def sigmoid(b_z, FAST: tl.constexpr):
-    """1 / (1 + exp(-z)). FAST: by one tanh.approx (relative error 2^-11, enough for bf16), NVIDIA only."""
+    """1 / (1 + exp(-z)). FAST: see :func:`tanh_approx`."""
     if FAST:
-        b_t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * b_z], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return 0.5 * b_t + 0.5
+        return 0.5 * tanh_approx(0.5 * b_z) + 0.5
     else:
         return 1.0 / (1.0 + tl.exp(-b_z))
 
 
 @triton.jit
 def silu_of_half(b_h):
-    """z sigmoid(z) of h = z / 2, by one tanh.approx (relative error 2^-11, enough for bf16), NVIDIA only."""
-    b_t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [b_h], dtype=tl.float32, is_pure=True, pack=1)
-    return b_h * b_t + b_h
+    """z sigmoid(z) of h = z / 2; see :func:`tanh_approx`."""
+    return b_h * tanh_approx(b_h) + b_h
 
 
 @triton.jit
@@ -54,8 +56,10 @@ def fast(dtype: torch.dtype) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of products: fp32 ones run in tf32 only where PyTorch's own would."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """``input_precision`` of a product that stands for a convolution: fp32 runs in tf32 where PyTorch's own would, which
+    is its default on NVIDIA (``torch.backends.cudnn.conv.fp32_precision``)."""
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 @cache
@@ -66,6 +70,27 @@ def _processors(index: int) -> int:
 def processors(tensor: Tensor) -> int:
     """Multiprocessors of the tensor's GPU; an H200's where there is none (under the interpreter)."""
     return _processors(tensor.get_device()) if tensor.is_cuda else 132
+
+
+@cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def capability(tensor: Tensor) -> int:
+    """Compute capability of the tensor's GPU, times 10; an H200's where there is none."""
+    return _capability(tensor.get_device()) if tensor.is_cuda else 90
+
+
+@cache
+def _cache_bytes(index: int) -> int:
+    return torch.cuda.get_device_properties(index).L2_cache_size
+
+
+def cache_bytes(tensor: Tensor) -> int:
+    """Bytes of the L2 cache of the tensor's GPU; an H200's where there is none (under the interpreter)."""
+    return _cache_bytes(tensor.get_device()) if tensor.is_cuda else 60 << 20
 
 
 def pow2(n: int) -> int:
@@ -94,6 +119,7 @@ class Build(NamedTuple):
         options: num_warps, num_stages.
         divisible: integer arguments that are multiples of 16 in the model's shapes.
         products: whether tensor-core instructions must be there.
+        since: the compute capability, times 10, from which on it is launched.
     """
 
     kernel: Any
@@ -102,6 +128,7 @@ class Build(NamedTuple):
     options: Mapping[str, int]
     divisible: tuple[str, ...] = ()
     products: bool = False
+    since: int = 80
 
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -115,10 +142,13 @@ def build(
     divisible: tuple[str, ...],
     *,
     products: bool = False,
-    **constants: bool | int | str | None,
+    since: int = 80,
+    **constants: Any,
 ) -> Build:
     """The build of a kernel for a config: fields that are no launch options are its constants, in capitals."""
     fields = config._asdict()
     options = {name: fields.pop(name) for name in ("num_warps", "num_stages") if name in fields}
     sizes = {name.upper(): value for name, value in fields.items()}
-    return Build(kernel, {**sizes, **constants}, dict.fromkeys(images, _NAMES[dtype]), options, divisible, products)
+    return Build(
+        kernel, {**sizes, **constants}, dict.fromkeys(images, _NAMES[dtype]), options, divisible, products, since
+    )

@@ -156,6 +156,37 @@ def test_warmup() -> None:
         snapgen_kernels.warmup({"conv9": []})
 
 
+def test_warmup_names_the_call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_backend, "missing_kernel", lambda op, device: None)
+    count = snapgen_kernels.warmup({"geglu": [{"B": 1, "N": 2, "C": 4, "F": 3}]}, dtypes=[torch.float32])
+    assert count == 1
+    assert "warming up 1/1 geglu float32 B=1 N=2 C=4 F=3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
+def test_tuning_where_no_triton_kernel_runs_says_why(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_backend, "triton_reason", lambda: None)
+    reason = "torch sees no CUDA" if device == "cuda" else "they run on 'cuda'"
+    with pytest.raises(ValueError, match=f"'{device}'.*{reason}"):
+        snapgen_kernels.warmup(device=device, tune=True)
+    monkeypatch.setattr(_backend, "triton_reason", lambda: "no triton here")
+    with pytest.raises(ValueError, match="no triton here"):
+        snapgen_kernels.warmup(device="cuda", tune=True)
+
+
+def test_model_shapes_fit_warmup() -> None:
+    shapes = snapgen_kernels.testing.model_shapes(batch=3)
+    assert set(shapes) == set(SPECS)
+    for op, sizes in shapes.items():
+        assert sizes and all(dims["B"] == 3 for dims in sizes), op
+        assert [dict(sorted(d.items())) for d in sizes] == [
+            dict(sorted({**case.dims, "B": 3}.items()))
+            for case in snapgen_kernels.testing.bench_cases(op)
+            if case.dtype == torch.float32
+        ]
+
+
 def test_profile_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 

@@ -3,7 +3,6 @@ a GPU, and no NVIDIA build spills registers. Runs in a process without TRITON_IN
 set."""
 
 import importlib.util
-import inspect
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 MISSING = importlib.util.find_spec("triton") is None
 pytestmark = [
@@ -25,47 +25,33 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-KERNELS = (
-    "moments_kernel",
-    "apply_kernel",
-    "sums_kernel",
-    "gradient_kernel",
-    "merge_moments_kernel",
-    "merge_sums_kernel",
-    "parameters_kernel",
-)
-# Activations, parameters.
-BUILDS = [(target, ("bf16", "fp32")) for target in TARGETS] + [("sm_90", ("fp32", "fp32"))]
+DTYPES = [(target, "bfloat16") for target in TARGETS] + [("sm_90", "float32")]
 
 
-def _compile(name: str, target: str, constants: dict[str, int], dtypes: tuple[str, str]) -> Any:
+def _builds(target: str, dtype: str) -> list[Any]:
+    from snapgen_kernels._triton import group_norm_silu as kernels
+
+    return kernels.builds(getattr(torch, dtype), target != "gfx942")
+
+
+def _compile(build: Any, target: str) -> Any:
     """One kernel as the launcher would have it compiled: pointers aligned to 16 bytes, the unit stride known."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from snapgen_kernels._triton import group_norm_silu as kernels
-
-    function = getattr(kernels, name)
-    pointers = kernels.COMPILE[name]
-    constants = dict(constants)
-    options = {"num_warps": constants.pop("num_warps")}
-    parameters = list(inspect.signature(function.fn).parameters)
-    if "s_c" in parameters:
-        contiguous = constants["BLOCK_P"] == 512
-        constants["s_p" if contiguous else "s_c"] = 1
     signature, aligned = {}, {}
-    for index, parameter in enumerate(parameters):
-        if parameter in constants:
+    for index, parameter in enumerate(build.kernel.arg_names):
+        if parameter in build.constants:
             signature[parameter] = "constexpr"
-        elif parameter.startswith("p_"):
-            kind = {"x": dtypes[0], "w": dtypes[1], None: "fp32"}[pointers.get(parameter)]
-            signature[parameter] = f"*{kind}"
+            continue
+        pointer = parameter.startswith("p_")
+        kind = f"*{build.pointers.get(parameter, 'fp32')}" if pointer else "i32"
+        signature[parameter] = "fp32" if parameter == "eps" else kind
+        if pointer or parameter in build.divisible:
             aligned[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter] = "fp32" if parameter == "eps" else "i32"
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    source = ASTSource(fn=build.kernel, signature=signature, constexprs=dict(build.constants), attrs=aligned)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(build.options))
 
 
 def _resources(cubin: bytes, folder: Path, disassemble: bool) -> tuple[int, int, str]:
@@ -85,20 +71,21 @@ def _resources(cubin: bytes, folder: Path, disassemble: bool) -> tuple[int, int,
     return int(found[1]), int(found[2]), sass
 
 
-@pytest.mark.parametrize(("target", "dtypes"), BUILDS, ids=lambda value: value if isinstance(value, str) else value[0])
-@pytest.mark.parametrize("name", KERNELS)
-def test_compiles_without_spills(name: str, target: str, dtypes: tuple[str, str], tmp_path: Path) -> None:
-    from snapgen_kernels._triton import group_norm_silu as kernels
-
-    for constants in kernels.compile_constants(name):
-        compiled = _compile(name, target, constants, dtypes)
+@pytest.mark.parametrize(("target", "dtype"), DTYPES)
+def test_compiles_without_spills(target: str, dtype: str, tmp_path: Path) -> None:
+    for build in _builds(target, dtype):
+        compiled = _compile(build, target)
         if target == "gfx942":
-            assert compiled.asm["hsaco"], constants
+            assert compiled.asm["hsaco"], build
             continue
         registers, stack, sass = _resources(compiled.asm["cubin"], tmp_path, target == "sm_90")
-        assert registers <= 255 and stack == 0, f"{name} {constants}: {registers} registers, {stack} bytes of stack"
-        assert not re.search(r"\b(LDL|STL)\b", sass), f"{name} {constants}: spills"
-        assert not re.search(r"\b(RED|ATOM|ATOMG)\b", sass), f"{name} {constants}: atomics"
+        assert registers <= 255 and stack == 0, f"{build}: {registers} registers, {stack} bytes of stack"
+        assert not re.search(r"\b(LDL|STL)\b", sass), f"{build}: spills"
+        assert not re.search(r"\b(RED|ATOM|ATOMG)\b", sass), f"{build}: atomics"
+        if target == "sm_90" and build.divisible:
+            assert re.search(r"\bLDG\.E\.(EF\.)?128\b", sass), f"{build}: no 16-byte loads"
+            taught = "tanh.approx" in compiled.asm["ptx"]
+            assert taught == bool(build.constants.get("FAST")) == ("MUFU.TANH" in sass), build
 
 
 def test_every_kernel_is_listed() -> None:
@@ -107,4 +94,5 @@ def test_every_kernel_is_listed() -> None:
     from snapgen_kernels._triton import group_norm_silu as kernels
 
     found = {name for name, value in vars(kernels).items() if isinstance(value, triton.runtime.JITFunction)}
-    assert found == set(KERNELS) == set(kernels.COMPILE)
+    listed = {build.kernel.fn.__name__ for build in _builds("sm_90", "bfloat16")}
+    assert {name for name in found if name.endswith("_kernel")} == listed

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -323,6 +324,27 @@ def test_export_without_a_gpu(tuning: ModuleType, tmp_path: Path, monkeypatch: p
     assert _choose(tuning) == CONFIGS[1] and not (tmp_path / "cache").exists()
     with pytest.raises(RuntimeError, match="sees none"):
         tuning.export(tmp_path)
+
+
+def test_warmup_tunes_every_case(
+    tuning: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On this machine's device, with an op that asks for a choice in place of the Triton kernels."""
+    from snapgen_kernels import _backend, checks
+
+    timer = Timer({CONFIGS[0]: 3.0, CONFIGS[1]: 2.0, CONFIGS[2]: 1.0})
+    chosen: list[Config] = []
+    monkeypatch.setattr(importlib.import_module("snapgen_kernels.warmup"), "_untunable", lambda device: None)
+    monkeypatch.setattr(_backend, "missing_kernel", lambda op, device: None if op == "geglu" else "none")
+    monkeypatch.setattr(tuning, "tuning", partial(tuning.tuning, timer))
+    monkeypatch.setattr(checks, "run", lambda *rest: chosen.append(_choose(tuning, timer.launch)))
+    shapes = {"geglu": [{"B": 1, "N": 2, "C": 4, "F": 3}]}
+    assert snapgen_kernels.warmup(shapes, tune=True) == 2
+    assert chosen == [CONFIGS[2]] * 2 and timer.calls == 3
+    assert "tuning 2/2 geglu bfloat16 B=1 N=2 C=4 F=3" in capsys.readouterr().err
+    assert snapgen_kernels.warmup(shapes, progress=False) == 2
+    assert timer.calls == 3, "a plain warmup measures nothing"
+    assert snapgen_kernels.warmup(tune=True, progress=False) == len(snapgen_kernels.testing.bench_cases("geglu"))
 
 
 def test_shipped_tables_are_whole_and_say_where_they_come_from() -> None:
