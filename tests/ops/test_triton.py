@@ -79,7 +79,7 @@ NARROW = {
 }
 # Whose memory format changes what is launched: these run contiguous too.
 BOTH_FORMATS = {"group_norm_silu": SIZES["group_norm_silu"]}
-LAUNCHED: list[str] = []
+launched: list[str] = []
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -136,7 +136,7 @@ def _launchers_on_cpu() -> Iterator[None]:
 
 def _noted(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
     def launch(*arguments: Any) -> Any:
-        LAUNCHED.append(name)
+        launched.append(name)
         return launcher(*arguments)
 
     return launch
@@ -145,9 +145,9 @@ def _noted(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
 @inside
 @ops
 def test_the_launchers_are_what_runs(op: str) -> None:
-    LAUNCHED.clear()
+    launched.clear()
     checks.run(_first(op), SPECS[op].registered, _first(op).inputs(requires_grad=True))
-    assert LAUNCHED == [op, f"{op}_backward"]
+    assert launched == [op, f"{op}_backward"]
 
 
 @inside
