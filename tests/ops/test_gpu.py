@@ -96,6 +96,19 @@ def test_opcheck(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_each_gradient_alone(case: Case) -> None:
+    """What is not needed is left out, and the rest is what it is beside the others."""
+    inputs = case.inputs(DEVICE, requires_grad=True)
+    full = checks.run(case, case.spec.registered, inputs)
+    for name in checks.leaves_of(case, inputs):
+        alone = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        alone[name].requires_grad_()
+        outputs = checks.outputs_of(case.spec.registered(alone))
+        (gradient,) = torch.autograd.grad(outputs, [alone[name]], checks.upstream_of(outputs))
+        torch.testing.assert_close(gradient, full[f"gradient of {name}"], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_second_derivatives_go_through_the_reference(case: Case) -> None:
     inputs = case.inputs(DEVICE, requires_grad=True)
     leaves = list(checks.leaves_of(case, inputs).values())
