@@ -16,7 +16,7 @@ fused       P C e + C O e + Q O e, + Q O e (residual)  2 Q C O + 18 n Q C + 6  s
 ==========  =========================================  ======================  =====================================
 
 E is how often a normalised input is evaluated, s what one SiLU takes: one tanh for 2-byte elements, else an exponential
-and a reciprocal. ``depthwise`` scans rows, each thread two neighbouring columns: E = Q C (2 + 2) / 2 (16 + 2) / 16.
+and a reciprocal. ``depthwise`` scans rows, each thread four neighbouring columns: E = Q C (4 + 2) / 4 (16 + 2) / 16.
 ``fused`` feeds the product from nine taps: E = 9 n Q C, n blocks of 256 outputs. Without a norm E is 0. A product whose
 output is normalised next also writes its partial statistics, 8 O bytes per tile; a shortcut adds its own product.
 
@@ -41,7 +41,7 @@ OPS = ("group_norm_silu", "sepconv", "resblock")
 FORMS = ("split", "blocked", "fused")
 
 _TILE = 128  # pixels whose partial statistics a program writes
-_COLUMNS, _ROWS = 2, 16  # that a thread of `depthwise` scans
+_COLUMNS, _ROWS = 4, 16  # that a thread of `depthwise` scans
 _OUTPUTS = 256  # channels out that a program of `fused` computes
 _EVALUATION = 6  # FLOPs of norm and SiLU besides the special functions
 _PROCESSORS = 132  # over which a weight gradient is split

@@ -120,6 +120,7 @@ class Build(NamedTuple):
         divisible: integer arguments that are multiples of 16 in the model's shapes.
         products: whether tensor-core instructions must be there.
         since: the compute capability, times 10, from which on it is launched.
+        vector: bytes of an image that a thread loads at once.
     """
 
     kernel: Any
@@ -129,6 +130,7 @@ class Build(NamedTuple):
     divisible: tuple[str, ...] = ()
     products: bool = False
     since: int = 80
+    vector: int = 16
 
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -143,6 +145,7 @@ def build(
     *,
     products: bool = False,
     since: int = 80,
+    vector: int = 16,
     **constants: Any,
 ) -> Build:
     """The build of a kernel for a config: fields that are no launch options are its constants, in capitals."""

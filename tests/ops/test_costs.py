@@ -38,8 +38,8 @@ def test_a_residual_block_by_hand() -> None:
     assert found["2: product"].bytes == 4 * unit + weights  # the residual as well
     flops = 2 * 8 * 128 * 128 * 256 * 512
     assert found["1: product"].products == found["2: product"].products == flops
-    # Each thread scans two columns, 16 rows down: four columns and 18 rows of inputs.
-    assert found["1: depthwise"].special == unit // 2 * 2 * 18 // 16
+    # Each thread scans four columns, 16 rows down: six columns and 18 rows of inputs.
+    assert found["1: depthwise"].special == unit // 2 * 3 // 2 * 18 // 16
     fused = {kernel.name: kernel for kernel in kernels("resblock", BLOCK, 2, "fwd", "fused")}
     assert fused["1: fused"].special == 9 * 2 * unit // 2, "nine taps, for each of two blocks of outputs"
     assert fused["2: fused"].bytes == 4 * unit + weights

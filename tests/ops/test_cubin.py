@@ -166,7 +166,9 @@ def test_machine_code(target: str, build: Build, tmp_path: Path) -> None:
     if build.products:
         assert re.search(_tensor_core(build, goal), code), "products do not run on tensor cores"
     if nvidia and build.divisible and IMAGES & set(build.kernel.arg_names) - set(build.constants):
-        assert re.search(r"\b(LDG\.E\.(\w+\.)*128|LDGSTS\.E\.(\w+\.)*128|UTMALDG)\b", code), "no 16-byte loads"
+        bits = 8 * build.vector
+        loads = rf"\b(LDG\.E\.(\w+\.)*{bits}|LDGSTS\.E\.(\w+\.)*{bits}|UTMALDG)\b"
+        assert re.search(loads, code), f"no {build.vector}-byte loads"
 
 
 def _tensor_core(build: Build, goal: Target) -> str:
