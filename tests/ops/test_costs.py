@@ -38,8 +38,8 @@ def test_a_residual_block_by_hand() -> None:
     assert found["2: product"].bytes == 4 * unit + weights  # the residual as well
     flops = 2 * 8 * 128 * 128 * 256 * 512
     assert found["1: product"].products == found["2: product"].products == flops
-    # Each thread scans two columns, 16 rows down: four columns and 18 rows of inputs.
-    assert found["1: depthwise"].special == unit // 2 * 2 * 18 // 16
+    # Each thread scans four columns, 16 rows down: six columns and 18 rows of inputs.
+    assert found["1: depthwise"].special == unit // 2 * 6 // 4 * 18 // 16
     fused = {kernel.name: kernel for kernel in kernels("resblock", BLOCK, 2, "fwd", "fused")}
     assert fused["1: fused"].special == 9 * 2 * unit // 2, "nine taps, for each of two blocks of outputs"
     assert fused["2: fused"].bytes == 4 * unit + weights
@@ -48,10 +48,13 @@ def test_a_residual_block_by_hand() -> None:
 def test_a_backward_adds_what_passes_beside_the_block() -> None:
     unit = 8 * 128 * 128 * 256 * 2
     names = [kernel.name for kernel in kernels("resblock", BLOCK, 2, "bwd")]
-    assert names[0] == "2: product of dy" and names[-1] == "1: norm gradient"
+    assert names[0] == "2: depthwise" and names[-1] == "1: norm gradient"
     found = {kernel.name: kernel for kernel in kernels("resblock", BLOCK, 2, "bwd")}
     assert found["1: norm gradient"].bytes == 4 * unit and found["2: norm gradient"].bytes == 6 * unit
     assert found["2: depthwise backward"].bytes == 6 * unit
+    blocked = {kernel.name: kernel for kernel in kernels("resblock", BLOCK, 2, "bwd", "blocked")}
+    assert blocked["2: depthwise backward"].bytes == 4 * unit and blocked["2: depthwise backward"].cached == 2 * unit
+    assert blocked["2: product of dy"].launches == 8 and blocked["1: product of dy"].launches == 4
     projected = [kernel.name for kernel in kernels("resblock", {**BLOCK, "O": 512}, 2, "bwd")]
     assert set(projected) - set(names) == {"2: shortcut of dy", "2: shortcut weight gradient"}
 
