@@ -69,7 +69,7 @@ class Rates(NamedTuple):
 
 
 # Assumed: rates of 132 processors at 1.98 GHz, 16 special-function results each and clock.
-H200 = Rates(4.3e12, 6e12, 790e12, 50e12, 132 * 16 * 1.98e9, 24_000_000, 2e-6)
+H200 = Rates(4.3e12, 6e12, 790e12, 50e12, 132 * 16 * 1.98e9, 24 << 20, 2e-6)
 
 
 class Kernel(NamedTuple):
