@@ -56,8 +56,8 @@ def fast(dtype: torch.dtype) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of a product that stands for a convolution: fp32 runs in tf32 where PyTorch's own would, which
-    is its default on NVIDIA (``torch.backends.cudnn.conv.fp32_precision``)."""
+    """``input_precision`` of a product that stands for a convolution: fp32 runs in tf32 where PyTorch's own would, as
+    is the default on NVIDIA (``torch.backends.cudnn.conv.fp32_precision``)."""
     allowed = torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.version.hip is None
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
