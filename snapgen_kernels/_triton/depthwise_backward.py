@@ -376,5 +376,9 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                     flags |= {"BIAS": wanted == "all", "FAST": norm and fast}
                     flags |= {"p_dweight": None} if wanted == "input" else {}
                     flags |= {} if norm else {"p_dz": None, "p_dzx": None}
-                    found.append(common.build(depthwise_backward_kernel, dtype, images, config, ("C",), **flags))
+                    found.append(
+                        common.build(
+                            depthwise_backward_kernel, dtype, images, config, ("C",), vector=4 * dtype.itemsize, **flags
+                        )
+                    )
     return found

@@ -128,10 +128,11 @@ def finish(
     b_y = b_acc.to(p_y.dtype.element_ty)
     tl.store(p_y + i_base + b_at, b_y, mask=m)
     if STATISTICS:
-        b_r = tl.where(m, b_y.to(tl.float32), 0.0)
+        # Channels beyond N are computed and not stored: masks of rows alone take fewer registers.
+        b_r = tl.where(m_m[:, None], b_y.to(tl.float32), 0.0)
         n = tl.minimum(P - i_m * BLOCK_M, BLOCK_M).to(tl.float32)
         b_center = tl.sum(b_r, 0) / n
-        b_off = tl.where(m, b_r - b_center[None, :], 0.0)
+        b_off = tl.where(m_m[:, None], b_r - b_center[None, :], 0.0)
         i_part = (i_b.to(tl.int64) * tiles + i_m) * N + b_n
         tl.store(p_mean + i_part, b_center, mask=m_n)
         tl.store(p_m2 + i_part, tl.sum(b_off * b_off, 0), mask=m_n)

@@ -306,7 +306,7 @@ def forward(
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The fused kernel in every config that the launcher may choose."""
-    images = (*IMAGES, "p_x", "p_dw", "p_dw_bias")
+    images = (*IMAGES[1:], "p_x", "p_dw", "p_dw_bias")
     found: list[Build] = []
     for config in fused_configs(dtype, 90):
         for ending in ENDINGS:
