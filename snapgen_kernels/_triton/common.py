@@ -119,7 +119,7 @@ class Build(NamedTuple):
         options: num_warps, num_stages.
         divisible: integer arguments that are multiples of 16 in the model's shapes.
         products: whether tensor-core instructions must be there.
-        since: the compute capability, times 10, from which on it is launched.
+        only: the compute capability, times 10, on which alone it is launched; 0: on all.
         vector: bytes of an image that a thread loads at once.
     """
 
@@ -129,7 +129,7 @@ class Build(NamedTuple):
     options: Mapping[str, int]
     divisible: tuple[str, ...] = ()
     products: bool = False
-    since: int = 80
+    only: int = 0
     vector: int = 16
 
 
@@ -144,7 +144,7 @@ def build(
     divisible: tuple[str, ...],
     *,
     products: bool = False,
-    since: int = 80,
+    only: int = 0,
     vector: int = 16,
     **constants: Any,
 ) -> Build:
@@ -153,4 +153,4 @@ def build(
     options = {name: fields.pop(name) for name in ("num_warps", "num_stages") if name in fields}
     sizes = {name.upper(): value for name, value in fields.items()}
     pointers = dict.fromkeys(images, _NAMES[dtype])
-    return Build(kernel, {**sizes, **constants}, pointers, options, divisible, products, since, vector)
+    return Build(kernel, {**sizes, **constants}, pointers, options, divisible, products, only, vector)

@@ -243,10 +243,10 @@ PRODUCT_CONFIGS_TF32 = (ProductConfig(128, 128, 32, 8, 3), ProductConfig(64, 64,
 PRODUCT_CONFIGS_HIP = (ProductConfig(128, 128, 64, 8, 2), ProductConfig(64, 64, 64, 4, 2))
 
 
-def since(config: ProductConfig) -> int:
-    """From which compute capability on a config is launched: before Hopper the operands of a product are in registers
-    too, which the widest accumulators leave no room for."""
-    return 90 if config.block_n > 128 else 80
+def only(config: ProductConfig) -> int:
+    """The compute capability, times 10, on which alone a config is launched, or 0. The widest accumulators leave no
+    registers for operands, which earlier GPUs than Hopper hold there, nor for their own copies, as later ones do."""
+    return 90 if config.block_n > 128 else 0
 
 
 def product_configs(
@@ -259,7 +259,7 @@ def product_configs(
         return PRODUCT_CONFIGS_HIP
     # The addresses of a second product, too, take the registers that the widest accumulators leave.
     widest = 128 if shortcut else 256
-    return tuple(c for c in PRODUCT_CONFIGS if since(c) <= capability and c.block_n <= widest)
+    return tuple(c for c in PRODUCT_CONFIGS if only(c) in (0, capability) and c.block_n <= widest)
 
 
 def filling(
@@ -364,7 +364,7 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                     config,
                     ("P", "K", "N", "KS"),
                     products=dtype != torch.float32 or precision == "tf32",
-                    since=since(config),
+                    only=only(config),
                     PRECISION=precision,
                     **flags,
                 )

@@ -45,9 +45,9 @@ from snapgen_kernels._triton.pointwise import (
     finish,
     launch_product,
     new_moments,
+    only,
     product,
     product_config,
-    since,
 )
 from snapgen_kernels.sepconv import new_image, no_statistics, output_size
 
@@ -152,7 +152,7 @@ SCRATCH_BYTES = costs.H200.cache
 def fused_configs(dtype: torch.dtype, capability: int) -> tuple[ProductConfig, ...]:
     """The fused kernel's candidates, widest first."""
     configs = FUSED_CONFIGS_FP32 if dtype == torch.float32 else FUSED_CONFIGS
-    return tuple(config for config in configs if since(config) <= capability)
+    return tuple(config for config in configs if only(config) in (0, capability))
 
 
 def samples_at_once(batch: int, sample_bytes: int) -> int:
@@ -322,7 +322,7 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                     config,
                     sizes,
                     products=dot,
-                    since=since(config),
+                    only=only(config),
                     **flags,
                     **ending,
                     **shape,
