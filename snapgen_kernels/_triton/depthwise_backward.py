@@ -36,8 +36,9 @@ class Config(NamedTuple):
 
 
 CONFIGS = (Config(16, 32, 4), Config(8, 64, 4), Config(4, 128, 4))
-# Programs per multiprocessor, about three times what runs at once; more would lengthen the adding of their parts.
-PROGRAMS = 8
+# Programs of one sample: two for each multiprocessor of the largest GPUs. A constant, so that a sample's gradient
+# depends neither on the GPU nor on the rest of its batch.
+MIN_PROGRAMS = 264
 # Rows of a program, at least: two more are read.
 MIN_ROWS = 8
 
@@ -332,8 +333,7 @@ def gradients(
 
     def launch(config: Config) -> Parts:
         blocks_w, blocks_c = triton.cdiv(columns, config.block_w), triton.cdiv(channels, config.block_c)
-        wanted = triton.cdiv(PROGRAMS * common.processors(x), batch * blocks_w * blocks_c)
-        rows = min(max(triton.cdiv(rows_all, wanted), MIN_ROWS), rows_all)
+        rows = min(max(rows_all // triton.cdiv(MIN_PROGRAMS, blocks_w * blocks_c), MIN_ROWS), rows_all)
         chunks = triton.cdiv(rows_all, rows)
         parts = chunks * blocks_w
         found = Parts(

@@ -33,11 +33,9 @@ MAX_TILES = 8
 
 @triton.jit
 def silu_and_slope(b_h, FAST: tl.constexpr):
-    """silu(z) and its derivative for z = 2 h; see :func:`common.sigmoid`."""
+    """silu(z) and its derivative for z = 2 h; FAST: see :func:`common.tanh_approx`."""
     if FAST:
-        b_t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [b_h], dtype=tl.float32, is_pure=True, pack=1
-        )
+        b_t = common.tanh_approx(b_h)
         b_a = tl.fma(b_h, b_t, b_h)
         b_s = tl.fma(b_t, 0.5, 0.5)
         return b_a, tl.fma(b_a, 1.0 - b_s, b_s)
