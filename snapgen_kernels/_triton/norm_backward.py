@@ -95,10 +95,11 @@ def norm_gradient_kernel(
 ):
     """dx = rstd (dz weight - mean_g - xhat mean_gx) + add (unless p_add is None), with dz = da silu'(z).
 
-    dx may be the memory of da. Grid: B * chunks * cdiv(C, BLOCK_C); a chunk is ``tiles`` tiles.
+    dx may be the memory of da. Grid: B * chunks * cdiv(C, BLOCK_C); a chunk is ``tiles`` tiles. Walked backwards: what
+    was written last may still be in the cache.
     """
     blocks_c = tl.cdiv(C, BLOCK_C)
-    i_program = tl.program_id(0)
+    i_program = tl.num_programs(0) - 1 - tl.program_id(0)
     i_c, i_chunk = i_program % blocks_c, (i_program // blocks_c) % chunks
     i_b = (i_program // (blocks_c * chunks)).to(tl.int64)
     b_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)

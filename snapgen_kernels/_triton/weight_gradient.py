@@ -166,8 +166,7 @@ def add_parts_kernel(p_parts, p_out, parts, n, inner, s_outer, s_inner, BLOCK_S:
     b_sum = tl.zeros([BLOCK_S, BLOCK], dtype=tl.float32)
     for i_start in range(0, parts, BLOCK_S):
         m = (b_s < parts - i_start)[:, None] & (b_i < n)[None, :]
-        b_sum += tl.load(p_parts + b_s.to(tl.int64)[:, None] * n + b_i[None, :], mask=m, other=0.0)
-        p_parts += n.to(tl.int64) * BLOCK_S
+        b_sum += tl.load(p_parts + (i_start + b_s).to(tl.int64)[:, None] * n + b_i[None, :], mask=m, other=0.0)
     b_out = i_set * n + (b_i // inner) * s_outer + (b_i % inner) * s_inner
     tl.store(p_out + b_out, tl.sum(b_sum, 0).to(p_out.dtype.element_ty), mask=b_i < n)
 
