@@ -35,7 +35,7 @@ class Config(NamedTuple):
     num_warps: int
 
 
-CONFIGS = (Config(16, 32, 4), Config(8, 64, 4), Config(4, 128, 4))
+CONFIGS = (Config(16, 32, 4), Config(8, 64, 4))
 # Programs of one sample: two for each multiprocessor of the largest GPUs. A constant, so that a sample's gradient
 # depends neither on the GPU nor on the rest of its batch.
 MIN_PROGRAMS = 264
@@ -366,7 +366,8 @@ def parameters(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The kernel in every config that the launcher may choose."""
-    fast, images = nvidia and dtype == torch.bfloat16, ("p_x", "p_dd", "p_da", "p_weight")
+    fast, vector = nvidia and dtype == torch.bfloat16, 4 * dtype.itemsize
+    images = ("p_x", "p_dd", "p_da", "p_weight")
     found: list[Build] = []
     for config in CONFIGS:
         for stride, upsample in ((1, False), (2, False), (1, True), (2, True)):
@@ -376,5 +377,7 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                     flags |= {"BIAS": wanted == "all", "FAST": norm and fast}
                     flags |= {"p_dweight": None} if wanted == "input" else {}
                     flags |= {} if norm else {"p_dz": None, "p_dzx": None}
-                    found.append(common.build(depthwise_backward_kernel, dtype, images, config, ("C",), **flags))
+                    found.append(
+                        common.build(depthwise_backward_kernel, dtype, images, config, ("C",), vector=vector, **flags)
+                    )
     return found
