@@ -186,7 +186,7 @@ def merge_moments_kernel(
         i_in = i_base + b_k.to(tl.int64)[:, None] * C + b_c[None, :]
         b_n = tl.minimum(tl.maximum(P - b_k * chunk, 0), chunk).to(tl.float32)[:, None]
         b_sum += tl.where(m, (tl.load(p_part + i_in, mask=m, other=0.0) - first) * b_n, 0.0)
-    n = P.to(tl.float32) * CG
+    n = tl.cast(P, tl.float32) * CG
     off = tl.sum(tl.sum(b_sum, 1), 0) / n
     b_sum = tl.zeros([BLOCK, BLOCK_CG], dtype=tl.float32)
     for i_start in range(0, chunks, BLOCK):
@@ -335,7 +335,7 @@ def merge_sums_kernel(
         b_dzx += tl.load(p_part_dzx + i_in, mask=m, other=0.0)
     b_dz_c, b_dzx_c = tl.sum(b_dz, 0), tl.sum(b_dzx, 0)
     b_weight = tl.load(p_weight + b_c, mask=m_c, other=0.0).to(tl.float32)
-    n = P.to(tl.float32) * CG
+    n = tl.cast(P, tl.float32) * CG
     tl.store(p_dz + i_b.to(tl.int64) * C + b_c, b_dz_c, mask=m_c)
     tl.store(p_dzx + i_b.to(tl.int64) * C + b_c, b_dzx_c, mask=m_c)
     tl.store(p_mean_g + i_program, tl.sum(b_dz_c * b_weight, 0) / n)
