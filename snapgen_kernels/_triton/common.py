@@ -152,6 +152,5 @@ def build(
     fields = config._asdict()
     options = {name: fields.pop(name) for name in ("num_warps", "num_stages") if name in fields}
     sizes = {name.upper(): value for name, value in fields.items()}
-    return Build(
-        kernel, {**sizes, **constants}, dict.fromkeys(images, _NAMES[dtype]), options, divisible, products, since
-    )
+    pointers = dict.fromkeys(images, _NAMES[dtype])
+    return Build(kernel, {**sizes, **constants}, pointers, options, divisible, products, since, vector)
