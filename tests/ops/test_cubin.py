@@ -1,9 +1,10 @@
 """Every Triton kernel and every config that a launcher may choose compiles to machine code without a GPU, and the
 machine code is what was meant: no spills, no atomics, tensor cores, 16-byte loads, shared memory that the target has.
 
-A file lists its own launches in ``builds(dtype, nvidia)``. An ordinary run compiles all of them for sm_90 in bf16, and
-the largest tile of each kernel for the other targets and dtypes. The rest carries the marker ``complete``, which
-pytest leaves out unless told otherwise (``-m complete``); CI runs it.
+A file lists its own launches in ``builds(dtype, nvidia)``. An ordinary run compiles the largest tile of each kernel for
+every target and dtype, and the smallest for sm_90 in bf16, and looks at the disassembly. The rest carries the marker
+``complete``, which pytest leaves out unless told otherwise (``-m complete``), and CI runs it; there PTX is looked at,
+which has one instruction for each that is looked for, and costs no disassembler. Spills show in both by the stack.
 """
 
 from __future__ import annotations
@@ -46,11 +47,19 @@ class Target(NamedTuple):
     tensor_core: str
 
 
-# Hopper's and Blackwell's own instructions need tiles of 64 rows and 4 warps; smaller ones take the older HMMA.
+# What to look for, in the machine code and in PTX. Hopper's and Blackwell's own products need tiles of 64 rows and 4
+# warps; smaller ones take the older instruction.
+SMALL_PRODUCT = r"\bHMMA\.|\bmma\.sync"
+ATOMICS = r"\b(RED|REDG|ATOM|ATOMG|UTMAREDG)\b|\b(atom|red|multimem|cp\.reduce\.async)\."
+LOADS = {
+    16: r"\b(LDG|LDGSTS)\.E\.(\w+\.)*128|\bUTMALDG\b|\bld\.global(\.\w+)*\.v[48]\.b32|\bld\.global(\.\w+)*\.v[24]\.b64"
+    r"|\bcp\.async\.(cg|bulk)",
+    8: r"\b(LDG|LDGSTS)\.E\.(\w+\.)*64|\bld\.global(\.\w+)*\.v2\.b32|\bld\.global(\.\w+)*\.b64|\bcp\.async\.ca.*, 0x8",
+}
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 * 1024, r"\bHMMA\."),
-    "sm_90": Target("cuda", 90, 32, 227 * 1024, r"\bHGMMA\."),
-    "sm_100": Target("cuda", 100, 32, 227 * 1024, r"\bUTC\w*MMA\b"),
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, SMALL_PRODUCT),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, r"\bHGMMA\.|\bwgmma\.mma_async"),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, r"\bUTC\w*MMA\b|\btcgen05\.mma"),
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024, r"\bv_mfma_"),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -92,12 +101,14 @@ def _cases() -> Iterator[Any]:
                     continue
                 by_kernel.setdefault(_name(build.kernel), []).append(build)
             for kernel, builds in by_kernel.items():
-                largest = max(builds, key=_tile)
+                largest, smallest = max(builds, key=_tile), min(builds, key=_tile)
                 for index, build in enumerate(builds):
-                    ordinary = (target, dtype) == ("sm_90", "bf16") or build is largest
+                    main = (target, dtype) == ("sm_90", "bf16")
+                    ordinary = build is largest or (main and build is smallest)
                     marks = () if ordinary else pytest.mark.complete
                     short = file.__name__.rpartition(".")[2]
-                    yield pytest.param(target, build, id=f"{short}-{kernel}-{index}-{target}-{dtype}", marks=marks)
+                    name = f"{short}-{kernel}-{index}-{target}-{dtype}"
+                    yield pytest.param(target, build, ordinary, id=name, marks=marks)
 
 
 CASES = [] if MISSING or INTERPRETED else list(_cases())
@@ -111,7 +122,7 @@ def compiled(build: Build, target: Target) -> Any:
 
     parameters = build.kernel.params
     names = [parameter.name for parameter in parameters]
-    for listed in (build.constants, build.pointers, build.divisible):
+    for listed in (build.constants, build.divisible):
         assert set(listed) <= set(names), f"{set(listed) - set(names)}: no arguments of {_name(build.kernel)}"
     open_ends = {p.name for p in parameters if p.is_constexpr} - set(build.constants)
     assert not open_ends, f"{open_ends}: constants without a value"
@@ -135,17 +146,18 @@ def _dump(cubin: Path, flag: str) -> str:
     return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
 
 
-def _nvidia(binary: bytes, folder: Path) -> str:
-    """The disassembly, once registers are known to suffice."""
+def _nvidia(asm: dict[str, Any], folder: Path, disassemble: bool) -> str:
+    """The disassembly, or PTX, once registers are known to suffice."""
     path = folder / "kernel.cubin"
-    path.write_bytes(binary)
+    path.write_bytes(asm["cubin"])
     usage = _dump(path, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     assert int(found[1]) <= 255 and int(found[2]) == 0, f"{found[1]} registers, {found[2]} bytes of stack"
-    code = _dump(path, "-sass")
+    code = _dump(path, "-sass") if disassemble else asm["ptx"]
     assert not re.search(r"\b(LDL|STL)\b", code), "spills"
-    assert not re.search(r"\b(RED|REDG|ATOM|ATOMG|UTMAREDG)\b", code), "atomics on global memory"
+    atomics = re.search(ATOMICS, code)
+    assert atomics is None, f"atomics: {atomics[0]}"
     return code
 
 
@@ -156,25 +168,23 @@ def _amd(code: str) -> str:
     return code
 
 
-@pytest.mark.parametrize(("target", "build"), CASES)
-def test_machine_code(target: str, build: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "build", "disassemble"), CASES)
+def test_machine_code(target: str, build: Build, disassemble: bool, tmp_path: Path) -> None:
     goal = TARGETS[target]
     found = compiled(build, goal)
     assert found.metadata.shared <= goal.shared, f"{found.metadata.shared} bytes of shared memory"
     nvidia = goal.backend == "cuda"
-    code = _nvidia(found.asm["cubin"], tmp_path) if nvidia else _amd(found.asm["amdgcn"])
+    code = _nvidia(found.asm, tmp_path, disassemble) if nvidia else _amd(found.asm["amdgcn"])
     if build.products:
         assert re.search(_tensor_core(build, goal), code), "products do not run on tensor cores"
     if nvidia and build.divisible and IMAGES & set(build.kernel.arg_names) - set(build.constants):
-        bits = 8 * build.vector
-        loads = rf"\b(LDG\.E\.(\w+\.)*{bits}|LDGSTS\.E\.(\w+\.)*{bits}|UTMALDG)\b"
-        assert re.search(loads, code), f"no {build.vector}-byte loads"
+        assert re.search(LOADS[build.vector], code), f"no {build.vector}-byte loads"
 
 
 def _tensor_core(build: Build, goal: Target) -> str:
     rows = next((build.constants[name] for name in ("BLOCK_M", "BLOCK_O") if name in build.constants), 64)
     small = rows < 64 or build.options.get("num_warps", 4) < 4
-    return r"\bHMMA\." if small and goal.backend == "cuda" else goal.tensor_core
+    return SMALL_PRODUCT if small and goal.backend == "cuda" else goal.tensor_core
 
 
 @pytest.mark.skipif(INTERPRETED, reason="jit functions are of another class")
