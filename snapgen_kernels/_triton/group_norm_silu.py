@@ -405,28 +405,35 @@ def gradient_kernel(
 
 
 @cache
-def _tiles(channels: int, pixels: int, last: bool) -> tuple[Tile, ...]:
-    """The candidates for one format and size."""
+def _tiles(channels: int, pixels: int, last: bool, itemsize: int) -> tuple[Tile, ...]:
+    """The candidates for one format, size and dtype."""
     if not last:
         return CONTIGUOUS if pixels >= 512 else SMALL
-    fitting = [tile for tile in CHANNELS_LAST if tile.block_c <= common.pow2(channels)]
-    return tuple(fitting) if channels > 32 else NARROW
+    if channels <= 32:
+        return NARROW
+    return tuple(t for t in CHANNELS_LAST if t.block_c <= common.pow2(channels) and _spills_nowhere(t, itemsize))
+
+
+def _spills_nowhere(tile: Tile, itemsize: int) -> bool:
+    """Whether two inputs fit in the registers: at most 128 bytes of each in a thread."""
+    return tile.block_p * tile.block_c * itemsize <= 128 * 32 * tile.num_warps
 
 
 @cache
-def _reading(channels: int, pixels: int, last: bool) -> Tile:
+def _reading(channels: int, pixels: int, last: bool, itemsize: int) -> Tile:
     """The rule for statistics and sums: the longest chunks that still make enough programs of one sample."""
+    tiles = _tiles(channels, pixels, last, itemsize)
     if not last or channels <= 32:
-        return _tiles(channels, pixels, last)[0]
-    tiles = CHANNELS_LAST[:3]
+        return tiles[0]
+    tiles = tuple(tile for tile in CHANNELS_LAST[:3] if tile in tiles)
     enough = (t for t in tiles if triton.cdiv(pixels, t.block_p) * triton.cdiv(channels, t.block_c) >= MIN_PROGRAMS)
     return next(enough, tiles[-1])
 
 
 @cache
-def _writing(channels: int, pixels: int, last: bool) -> Tile:
+def _writing(channels: int, pixels: int, last: bool, itemsize: int) -> Tile:
     """The rule for y and dx, which reduce nothing."""
-    return CHANNELS_LAST[1] if last and channels > 32 else _tiles(channels, pixels, last)[0]
+    return CHANNELS_LAST[1] if last and channels > 32 else _tiles(channels, pixels, last, itemsize)[0]
 
 
 def _group_rule(batch: int, sample: int, cached: int) -> int:
@@ -472,8 +479,9 @@ class _Image(NamedTuple):
         return {**self.constants(tile), "CG": self.channels // groups, "FAST": common.fast(self.dense.dtype)}
 
     @property
-    def size(self) -> tuple[int, int, bool]:
-        return self.channels, self.pixels, self.last
+    def size(self) -> tuple[int, int, bool, int]:
+        """What rules and candidates depend on."""
+        return self.channels, self.pixels, self.last, self.dense.element_size()
 
     def grid(self, tile: Tile) -> tuple[int]:
         """One program per tile."""
@@ -754,7 +762,7 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
         found += [Build(kernel, constants, {}, options) for kernel in (merge_moments_kernel, merge_sums_kernel)]
     fast = nvidia and dtype == torch.bfloat16
     for even in (True, False):
-        for tile in (*CHANNELS_LAST, *NARROW):
+        for tile in (*(t for t in CHANNELS_LAST if _spills_nowhere(t, dtype.itemsize)), *NARROW):
             found += _tile_builds(dtype, tile, ("P", "s_b", "s_p"), fast, s_c=1, EVEN=even, LONG=False)
         for tile in (*CONTIGUOUS, *SMALL):
             found += _tile_builds(dtype, tile, ("P", "s_b", "s_c"), fast, s_p=1, EVEN=even, LONG=False)

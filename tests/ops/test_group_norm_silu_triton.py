@@ -213,28 +213,33 @@ def test_tuning(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     case = Case(NAME, "tuning", DIMS)
     with tuning.tuning(timer):
         checks.check_gradients(case, function=_call)
-    tiles = len(kernels._tiles(40, 63, True))
+    tiles = len(kernels._tiles(40, 63, True, 4))
     groups = len(kernels._groups(3, 1, 100))
     assert count == 4 * tiles + 2 * groups
     measured = count
     image = kernels._image(case.inputs()["x"])
-    assert kernels._chosen(f"{NAME}.moments", image, print) == kernels._tiles(40, 63, True)[-1]
+    assert kernels._chosen(f"{NAME}.moments", image, print) == kernels._tiles(40, 63, True, 4)[-1]
     checks.check_gradients(case, function=_call)
     assert count == measured, "an ordinary call measures nothing"
 
 
 @outside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("channels", [1, 8, 32, 33, 48, 64, 65, 96, 256, 320, 896, 1792])
-def test_rules_choose_among_candidates(last: bool, channels: int) -> None:
+def test_rules_choose_among_compiled_candidates(channels: int, last: bool, dtype: torch.dtype) -> None:
     from snapgen_kernels._triton import group_norm_silu as kernels
 
+    compiled = {
+        (build.constants["BLOCK_P"], build.constants["BLOCK_C"], build.options["num_warps"], "s_c" in build.constants)
+        for build in kernels.builds(dtype, True)
+        if build.divisible
+    }
     for pixels in (1, 63, 512, 1024, 16384):
-        tiles = kernels._tiles(channels, pixels, last)
-        assert kernels._reading(channels, pixels, last) in tiles
-        assert kernels._writing(channels, pixels, last) in tiles
-        listed = kernels.CHANNELS_LAST + kernels.NARROW if last else kernels.CONTIGUOUS + kernels.SMALL
-        assert set(tiles) <= set(listed)
+        size = (channels, pixels, last, dtype.itemsize)
+        assert kernels._reading(*size) in kernels._tiles(*size)
+        assert kernels._writing(*size) in kernels._tiles(*size)
+        assert {(*tile, last) for tile in kernels._tiles(*size)} <= compiled
 
 
 @outside
@@ -247,7 +252,7 @@ def test_one_sample_fills_the_gpu(case: Case) -> None:
 
     channels, pixels = case.dims["C"], case.dims["H"] * case.dims["W"]
     for rule in (kernels._reading, kernels._writing):
-        tile = rule(channels, pixels, True)
+        tile = rule(channels, pixels, True, 2)
         programs = triton.cdiv(channels, tile.block_c) * triton.cdiv(pixels, tile.block_p)
         assert programs >= 264 or tile.block_p * tile.block_c * 2 < 10_000, (tile, programs)
 
