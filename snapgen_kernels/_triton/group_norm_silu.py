@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snapgen_kernels._triton import common
-from snapgen_kernels._triton.common import Build, sigmoid, silu, silu_of_half, tanh_approx
+from snapgen_kernels._triton.common import Build, cdiv, sigmoid, silu, silu_of_half, tanh_approx
 from snapgen_kernels._triton.tuning import choose
 
 
@@ -426,7 +426,7 @@ def _reading(channels: int, pixels: int, last: bool, itemsize: int) -> Tile:
     if not last or channels <= 32:
         return tiles[0]
     tiles = tuple(tile for tile in CHANNELS_LAST[:3] if tile in tiles)
-    enough = (t for t in tiles if triton.cdiv(pixels, t.block_p) * triton.cdiv(channels, t.block_c) >= MIN_PROGRAMS)
+    enough = (t for t in tiles if cdiv(pixels, t.block_p) * cdiv(channels, t.block_c) >= MIN_PROGRAMS)
     return next(enough, tiles[-1])
 
 
@@ -440,13 +440,14 @@ def _group_rule(batch: int, sample: int, cached: int) -> int:
     """Samples in a group, for this many bytes of input per sample: groups of equal size that take at most 5/8 of the
     L2 cache, to leave room for the output; the whole batch where a sample alone does not fit."""
     fitting = cached * 5 // 8 // sample
-    return batch if fitting == 0 else triton.cdiv(batch, triton.cdiv(batch, fitting))
+    return batch if fitting == 0 else cdiv(batch, cdiv(batch, fitting))
 
 
+@cache
 def _groups(batch: int, sample: int, cached: int) -> tuple[Group, ...]:
     """Candidates: the rule's first, half and twice that, everything at once."""
     rule = _group_rule(batch, sample, cached)
-    return tuple(Group(n) for n in dict.fromkeys((rule, triton.cdiv(rule, 2), min(2 * rule, batch), batch)))
+    return tuple(Group(n) for n in dict.fromkeys((rule, cdiv(rule, 2), min(2 * rule, batch), batch)))
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
@@ -485,14 +486,14 @@ class _Image(NamedTuple):
 
     def grid(self, tile: Tile) -> tuple[int]:
         """One program per tile."""
-        blocks = triton.cdiv(self.pixels, tile.block_p) * triton.cdiv(self.channels, tile.block_c)
+        blocks = cdiv(self.pixels, tile.block_p) * cdiv(self.channels, tile.block_c)
         return (self.dense.shape[0] * blocks,)
 
     def chunks(self, tile: Tile) -> tuple[int, int]:
         """Tiles of a chunk, and chunks of a sample."""
-        steps = triton.cdiv(self.pixels, tile.block_p)
-        tiles = triton.cdiv(steps, MAX_CHUNKS)
-        return tiles, triton.cdiv(steps, tiles)
+        steps = cdiv(self.pixels, tile.block_p)
+        tiles = cdiv(steps, MAX_CHUNKS)
+        return tiles, cdiv(steps, tiles)
 
     def key(self, *more: int) -> tuple[int | str, ...]:
         """What a choice of tiles depends on."""
@@ -547,7 +548,7 @@ def _statistics(image: _Image, eps: float, mean: Tensor, rstd: Tensor, tile: Til
     batch, channels, pixels = image.dense.shape[0], image.channels, image.pixels
     tiles, chunks = image.chunks(tile)
     part = _room(image, tile)
-    moments_kernel[(batch * chunks * triton.cdiv(channels, tile.block_c),)](
+    moments_kernel[(batch * chunks * cdiv(channels, tile.block_c),)](
         image.dense, part[0], part[1], pixels, tiles, chunks, *image.strides, **image.constants(tile)
     )
     _merge(part, pixels, tiles * tile.block_p, eps, mean, rstd)
@@ -656,7 +657,7 @@ def _sums(image: _Image, saved: _Saved, dz: Tensor, dzx: Tensor, tile: Tile) -> 
     (batch, groups), channels = saved.mean.shape, image.channels
     tiles, chunks = image.chunks(tile)
     part = _room(image, tile)
-    sums_kernel[(batch * chunks * triton.cdiv(channels, tile.block_c),)](
+    sums_kernel[(batch * chunks * cdiv(channels, tile.block_c),)](
         image.dense,
         *saved,
         part[0],
@@ -744,7 +745,7 @@ def backward(
         alone = partial(_sums, image, saved, sums[0], sums[1])
         alone(_chosen("group_norm_silu.sums", image, alone))
     if needs[1] or needs[2]:
-        parameters_kernel[(triton.cdiv(channels, 64),)](
+        parameters_kernel[(cdiv(channels, 64),)](
             sums[0], sums[1], dweight, dbias, batch, channels, BLOCK_B=16, BLOCK_C=64, num_warps=4
         )
     return dx, dweight if needs[1] else dy.new_empty(0), dbias if needs[2] else dy.new_empty(0)
