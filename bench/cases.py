@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +33,14 @@ _README = {
     "train": ("tiny-b64", "t2i-quarter-b8"),
 }
 
+# --suite resblock on a GPU: the block, its norm and its convolutions, at the sizes of the goals. Names without a batch
+# stand for all of theirs.
+_GPU_RESBLOCK = {
+    "group_norm_silu": ("256ch-128",),
+    "resblock": ("256ch-128", "512ch-64", "896ch-32"),
+    "sepconv": ("256ch-128-b8", "512ch-64-b8", "896ch-32-b8", "down-256-b8", "up-512-b8"),
+}
+
 # --quick: the stages of the model where one op alone is quick, and one shape of the rest.
 _QUICK = {
     "group_norm_silu": ("256ch-128", "512ch-64", "896ch-32", "tiny-train"),
@@ -45,44 +55,59 @@ _QUICK = {
 # A GPU trains with batches; batch 1 is what it samples with.
 _GPU_BATCHES = {"group_norm_silu": (16,), "decoder_block": ()}
 _GPU_BATCH = (8,)
+_BATCH = re.compile(r"-b\d+$")  # at the end of a name
 
 # An attention backward has five products for the forward's two (the scores are computed again); a convolution or a
 # linear layer has two for one.
 _BACKWARD_FLOPS = {"attention": 2.5}
 
 
-def named(suite: str) -> tuple[str, ...]:
-    """The ops and models that an entry of ``--suite`` stands for."""
-    return {"all": (*OPS, *MODELS), "ops": OPS, "models": MODELS, "readme": tuple(_README)}.get(suite, (suite,))
+Subset = Mapping[str, tuple[str, ...]]
+
+
+def named(suite: tuple[str, ...], device: str) -> tuple[tuple[str, ...], Subset | None]:
+    """The ops and models that the entries of ``--suite`` stand for, and which of their cases (None: all)."""
+    if suite == ("readme",):
+        return tuple(_README), _README
+    if suite == ("resblock",) and device == "cuda":
+        return tuple(_GPU_RESBLOCK), _GPU_RESBLOCK
+    sets = {"all": (*OPS, *MODELS), "ops": OPS, "models": MODELS, "readme": tuple(_README)}
+    return tuple(dict.fromkeys(name for entry in suite for name in sets.get(entry, (entry,)))), None
 
 
 def select_models(
-    names: tuple[str, ...], dtypes: tuple[str, ...], *, quick: bool, small: bool, readme: bool
+    names: tuple[str, ...], dtypes: tuple[str, ...], *, quick: bool, small: bool, subset: Subset | None
 ) -> list[ModelCase]:
     """The model cases to run. Quick runs have none: one forward alone takes seconds."""
     if quick:
         return []
     chosen = [case for case in models.CASES if case.op in names and case.bench != small]
-    if readme:
-        chosen = [case for case in chosen if case.name in _README[case.op]]
+    if subset is not None:
+        chosen = [case for case in chosen if case.name in subset[case.op]]
     return [replace(case, dtype=DTYPES[dtype]) for case in chosen for dtype in dtypes if dtype != "fp16"]
 
 
 def select(
-    device: str, ops: tuple[str, ...], dtypes: tuple[str, ...], *, quick: bool, small: bool, readme: bool = False
+    device: str,
+    ops: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    *,
+    quick: bool,
+    small: bool,
+    subset: Subset | None = None,
 ) -> list[Case]:
     """The op cases to run, in the order of the ops."""
     chosen: list[Case] = []
     for op in ops:
         cases = [c for c in CASES[op] if c.bench != small and c.dtype == torch.float32 and c.layout == "channels_last"]
-        if readme and not small:
-            cases = [case for case in cases if case.name in _README[op]]
         if quick and not small:
             cases = [case for case in cases if case.name in _QUICK[op]]
         elif device == "cuda" and not small:
             for batch in _GPU_BATCHES.get(op, _GPU_BATCH):
                 single = [case for case in cases if case.dims["B"] == 1]
                 cases += [replace(c, name=f"{c.name}-b{batch}", dims={**c.dims, "B": batch}) for c in single]
+        if subset is not None and not small:
+            cases = [case for case in cases if {case.name, _BATCH.sub("", case.name)} & {*subset[op]}]
         chosen += [replace(case, dtype=DTYPES[dtype]) for case in cases for dtype in dtypes]
     if quick:  # one case of each op before the second of any: a slow machine may not get to all of them
         turn = {id(case): [c.op for c in chosen[:index]].count(case.op) for index, case in enumerate(chosen)}

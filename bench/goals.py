@@ -1,4 +1,4 @@
-"""What the CPU kernels are meant to reach, beside what the latest rows say."""
+"""What the kernels are meant to reach, on CPUs and on GPUs, beside what the latest rows say."""
 
 from __future__ import annotations
 
@@ -34,13 +34,23 @@ def _over(provider: str) -> Callable[[Comparison], float | None]:
     return ratio
 
 
+def _floor(group: Comparison) -> float | None:
+    return None if group.fused is None else group.fused.floor_ms / group.fused.p50_ms
+
+
+def _copy(group: Comparison) -> float | None:
+    return None if group.fused is None else group.fused.bytes / group.fused.p50_ms / 1e6 / group.fused.copy_gbs
+
+
 def _share(group: Comparison) -> float | None:
     return None if group.fused is None else group.fused.share
 
 
 def _memory(group: Comparison) -> float | None:
     ours, eager = group.fused, group.of("eager")
-    return None if ours is None or eager is None else ours.peak_bytes / eager.peak_bytes
+    if ours is None or eager is None or min(ours.peak_bytes, eager.peak_bytes) <= 0:
+        return None
+    return ours.peak_bytes / eager.peak_bytes
 
 
 def _low_memory(group: Comparison) -> float | None:
@@ -53,73 +63,132 @@ def _low_memory_time(group: Comparison) -> float | None:
     return None if ours is None or low is None else low.p50_ms / ours.p50_ms
 
 
-# kind -> what it says of a value, how it is found, whether in the rows taken with a stock malloc
+# kind -> what it says of a value, how it is found, and which malloc a CPU's rows have to be of (a GPU's: any)
 _KINDS: dict[str, tuple[str, Callable[[Comparison], float | None], str]] = {
     "share": ("{:.0%} of the matrix product's rate", _share, "tuned"),
     "peer": ("{:.2f}x the best peer", lambda group: group.speedup, "tuned"),
     "eager": ("{:.2f}x eager", _over("eager"), "tuned"),
     "compile": ("{:.2f}x torch.compile", _over("compile"), "tuned"),
     "stock": ("{:.2f}x eager, malloc as it comes", _over("eager"), "stock"),
+    "compile-max": ("{:.2f}x torch.compile max-autotune", _over("compile-max"), "tuned"),
+    "copy": ("{:.0%} of the copy bandwidth", _copy, "tuned"),
+    "floor": ("{:.0%} of what copies and products allow", _floor, "tuned"),
+    "saved": ("{:.2f}x eager's memory between forward and backward", _memory, "tuned"),
     "memory": ("{:.2f}x eager's peak memory", _memory, "tuned"),
     "low": ("low memory: {:.2f} full-size images", _low_memory, "tuned"),
     "low-time": ("low memory: {:.2f}x the time", _low_memory_time, "tuned"),
 }
-_AT_MOST = ("memory", "low", "low-time")
+_AT_MOST = ("saved", "memory", "low", "low-time")
 
 
-def _goals() -> list[Goal]:
+def _some(path: str, op: str, case: str, mode: str, dtypes: str, **kinds: float) -> list[Goal]:
+    """A goal for each dtype and kind."""
+    named = [(kind.replace("_", "-"), value) for kind, value in kinds.items()]
+    return [Goal(path, op, case, dtype, mode, kind, value) for dtype in dtypes.split(",") for kind, value in named]
+
+
+def _on_cpus() -> list[Goal]:
     found: list[Goal] = []
-
-    def add(path: str, op: str, case: str, mode: str, dtypes: str, **kinds: float) -> None:
-        for dtype in dtypes.split(","):
-            found.extend(Goal(path, op, case, dtype, mode, kind.replace("_", "-"), v) for kind, v in kinds.items())
-
     block = "residual block, {} channels"
-    add(block.format(256), "resblock", "256ch-128", "fwd", "fp32", share=0.85)
-    add(block.format(256), "resblock", "256ch-128", "fwd", "bf16", share=0.78, peer=1.25)
+    found += _some(block.format(256), "resblock", "256ch-128", "fwd", "fp32", share=0.85)
+    found += _some(block.format(256), "resblock", "256ch-128", "fwd", "bf16", share=0.78, peer=1.25)
     for channels, case in ((512, "512ch-64"), (896, "896ch-32")):
-        add(block.format(channels), "resblock", case, "fwd", "fp32", peer=1.0)
-        add(block.format(channels), "resblock", case, "fwd", "bf16", peer=1.1)
-    add("attention, 14 heads, 1024 tokens", "attention", "self-14x64-1024", "fwd", "bf16", share=0.7, peer=2.0)
+        found += _some(block.format(channels), "resblock", case, "fwd", "fp32", peer=1.0)
+        found += _some(block.format(channels), "resblock", case, "fwd", "bf16", peer=1.1)
+    found += _some(
+        "attention, 14 heads, 1024 tokens", "attention", "self-14x64-1024", "fwd", "bf16", share=0.7, peer=2.0
+    )
     for dtype, share in (("fp32", 0.75), ("bf16", 0.65)):
-        add("decoder, 1024x1024", "decoder", "1024px", "fwd", dtype, share=share, peer=1.4, stock=5.0, memory=1 / 3,
-            low=1.3, low_time=1.35)  # fmt: skip
-    add("denoiser, one step", "denoiser", "t2i-128x128", "fwd", "fp32,bf16", share=0.8, peer=1.25)
-    add("training step, `tiny`", "train", "tiny-b64", "step", "fp32,bf16", eager=2.0, compile=1.4)
-    add("training step, quarter width", "train", "t2i-quarter-b8", "step", "fp32,bf16", eager=2.0, compile=1.4)
+        decoder: dict[str, float] = dict(peer=1.4, stock=5.0, memory=1 / 3, low=1.3, low_time=1.35)
+        found += _some("decoder, 1024x1024", "decoder", "1024px", "fwd", dtype, share=share, **decoder)
+    found += _some("denoiser, one step", "denoiser", "t2i-128x128", "fwd", "fp32,bf16", share=0.8, peer=1.25)
+    found += _some("training step, `tiny`", "train", "tiny-b64", "step", "fp32,bf16", eager=2.0, compile=1.4)
+    found += _some(
+        "training step, quarter width", "train", "t2i-quarter-b8", "step", "fp32,bf16", eager=2.0, compile=1.4
+    )
     return found
 
 
-GOALS: tuple[Goal, ...] = tuple(_goals())
+def _on_gpus() -> list[Goal]:
+    """Medians in bf16, channels_last, with cold caches."""
+    found: list[Goal] = []
+    for batch, case in ((1, "256ch-128"), (16, "256ch-128-b16")):
+        path = f"GroupNorm + SiLU, 256 channels, batch {batch}, "
+        found += _some(path + "forward", "group_norm_silu", case, "fwd", "bf16", compile_max=1.3, eager=4.0, copy=0.85)
+        found += _some(path + "forward and backward", "group_norm_silu", case, "fwd+bwd", "bf16", peer=1.3)
+    for channels, side, forward, both in ((256, 128, 1.7, 1.6), (512, 64, 1.3, 1.3), (896, 32, 1.15, 1.15)):
+        case, path = f"{channels}ch-{side}-b8", f"residual block, {channels} channels, batch 8, "
+        floor = {"floor": 0.7} if channels == 256 else {}
+        found += _some(path + "forward", "resblock", case, "fwd", "bf16", peer=forward, **floor)
+        found += _some(path + "forward and backward", "resblock", case, "fwd+bwd", "bf16", peer=both)
+        found += _some(path + "training", "resblock", case, "bwd", "bf16", saved=0.5)
+    return found
+
+
+CPU_GOALS, GPU_GOALS = _on_cpus(), _on_gpus()
+_HEADER = ["| path | dtype | goal | measured | |", "|---|---|---|---|---|"]
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: for every machine that has rows of these cases, each goal and the figure measured there."""
-    groups = compare(rows)
-    parts: list[str] = []
-    for device in dict.fromkeys(group.first.device for group in groups):
-        mine = {
-            (g.first.op, g.first.case, g.first.dtype, g.first.mode, g.first.malloc): g
-            for g in groups
-            if g.first.device == device and any(row.provider in OURS for row in g.rows)
-        }
-        lines, some = [], False
-        for goal in GOALS:
-            text, find, malloc = _KINDS[goal.kind]
-            group = mine.get((goal.op, goal.case, goal.dtype, goal.mode, malloc))
-            value = None if group is None else find(group)
-            sign = "at most " if goal.kind in _AT_MOST else ""
-            measured, verdict = "", "not measured"
-            if value is not None:
-                reached = value <= goal.value if goal.kind in _AT_MOST else value >= goal.value
-                some = True
-                text_of_value = text.format(value).removeprefix("low memory: ")
-                if goal.kind == "peer" and group is not None:  # a best of few says less
-                    peers = (row.provider for row in group.rows if row.provider not in OURS)
-                    text_of_value = text_of_value.replace("the best peer", f"the best of {', '.join(peers)}")
-                measured, verdict = (f"**{text_of_value}**", "reached") if reached else (text_of_value, "missed")
-            lines.append(f"| {goal.path} | {goal.dtype} | {sign}{text.format(goal.value)} | {measured} | {verdict} |")
-        if some:
-            header = ["| path | dtype | goal | measured | |", "|---|---|---|---|---|"]
-            parts.append("\n".join([f"**{device}**", "", *header, *lines]))
-    return "\n\n".join(parts) or "No rows of these cases are recorded yet."
+    return _tables(rows) or "No rows of these cases are recorded yet."
+
+
+def gpu_table(rows: Sequence[Row]) -> str:
+    """Markdown: :func:`table` of the GPUs; the goals alone where none has rows."""
+    measured = _tables([row for row in rows if row.on_gpu])
+    return measured or "\n".join([*_HEADER, *(_line(goal, None) for goal in GPU_GOALS)])
+
+
+def _tables(rows: Sequence[Row]) -> str:
+    return "\n\n".join(
+        "\n".join([f"**{device}**", "", *_HEADER, *(_line(goal, _group(goal, groups)) for goal in _goals(groups))])
+        for device, groups in _by_device(rows).items()
+        if any(_value(goal, groups) is not None for goal in _goals(groups))
+    )
+
+
+def _by_device(rows: Sequence[Row]) -> dict[str, list[Comparison]]:
+    found: dict[str, list[Comparison]] = {}
+    for group in compare(rows):
+        found.setdefault(group.first.device, []).append(group)
+    return found
+
+
+def _goals(groups: Sequence[Comparison]) -> list[Goal]:
+    return GPU_GOALS if groups[0].first.on_gpu else CPU_GOALS
+
+
+def _group(goal: Goal, groups: Sequence[Comparison]) -> Comparison | None:
+    """The latest group that the goal is about."""
+    malloc = _KINDS[goal.kind][2]
+    wanted = (goal.op, goal.case, goal.dtype, goal.mode)
+    fitting = [
+        group
+        for group in groups
+        if (group.first.op, group.first.case, group.first.dtype, group.first.mode) == wanted
+        and (group.first.on_gpu or group.first.malloc == malloc)
+        and any(row.provider in OURS for row in group.rows)
+    ]
+    return max(fitting, key=lambda group: group.first.date, default=None)
+
+
+def _value(goal: Goal, groups: Sequence[Comparison]) -> float | None:
+    group = _group(goal, groups)
+    return None if group is None else _KINDS[goal.kind][1](group)
+
+
+def _line(goal: Goal, group: Comparison | None) -> str:
+    text, find, _ = _KINDS[goal.kind]
+    value = None if group is None else find(group)
+    at_most = goal.kind in _AT_MOST
+    measured, verdict = "", "not measured"
+    if value is not None and group is not None:
+        measured = text.format(value).removeprefix("low memory: ")
+        if goal.kind == "peer":  # a best of few says less
+            peers = (row.provider for row in group.rows if row.provider not in OURS)
+            measured = measured.replace("the best peer", f"the best of {', '.join(peers)}")
+        reached = value <= goal.value if at_most else value >= goal.value
+        measured, verdict = (f"**{measured}**", "reached") if reached else (measured, "missed")
+    sign = "at most " if at_most else ""
+    return f"| {goal.path} | {goal.dtype} | {sign}{text.format(goal.value)} | {measured} | {verdict} |"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from bench.cases import DTYPE_NAMES, DTYPES, Cost
+from bench.timing import Clock
+from snapgen_kernels import costs
 
 # Where nothing can be measured (a dry run): an H200 and a 2-core AVX-512 machine, from earlier measurements.
 _ASSUMED = {
@@ -48,6 +50,12 @@ class Limits:
         share = math.log(moved / low) / math.log(high / low)
         return math.exp((1 - share) * math.log(slow) + share * math.log(fast))
 
+    def of_kernels(self, dtype: torch.dtype) -> costs.Rates:
+        """What single GPU kernels are held to: these rates; those of caches and special functions are assumed."""
+        copy, usual = self.copy[-1][1], costs.H200
+        products = self.gemm[DTYPE_NAMES[dtype]]
+        return usual._replace(copy=copy, l2=usual.l2 / usual.copy * copy, products=products, vector=self.gemm["fp32"])
+
     def floor_ms(self, cost: Cost, dtype: torch.dtype) -> float:
         """The time below which no implementation gets: max(FLOPs / product rate, bytes / copy rate)."""
         return 1e3 * max(cost.flops / self.product_rate(dtype), cost.bytes / self.copy_rate(cost.bytes))
@@ -64,20 +72,21 @@ def measure(device: str, dtypes: tuple[str, ...], seconds: float = 0.5) -> Limit
 
     The fastest of many repetitions counts: a limit is what can be reached.
     """
-    gemm = {name: _gemm(DTYPES[name], device, seconds) for name in dict.fromkeys(("fp32", *dtypes))}
+    clock = Clock(device)
+    gemm = {name: _gemm(DTYPES[name], device, clock, seconds) for name in dict.fromkeys(("fp32", *dtypes))}
     # On a GPU every case starts with a cold cache, so that only the large copy is a limit.
     sizes = (1 << 32,) if device == "cuda" else tuple(1 << power for power in range(20, 30, 2))
-    return Limits(gemm, tuple((size, _copy(size, device, seconds / len(sizes))) for size in sizes))
+    return Limits(gemm, tuple((size, _copy(size, device, clock, seconds / len(sizes))) for size in sizes))
 
 
-def _gemm(dtype: torch.dtype, device: str, seconds: float) -> float:
+def _gemm(dtype: torch.dtype, device: str, clock: Clock, seconds: float) -> float:
     best, largest = 0.0, 8192 if device == "cuda" else 2048
     side = 256
     while side <= largest:
         # Some processors have no fast product of some dtype: each size is tried only if the last one was quick.
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out = torch.empty(side, side, device=device, dtype=dtype)
-        fastest = _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds / 3)  # type: ignore[misc]
+        fastest = _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), clock, seconds / 3)  # type: ignore[misc]
         best = max(best, 2 * side**3 / fastest)
         if 8 * fastest > seconds / 2:
             break
@@ -85,23 +94,19 @@ def _gemm(dtype: torch.dtype, device: str, seconds: float) -> float:
     return best
 
 
-def _copy(moved: int, device: str, seconds: float) -> float:
+def _copy(moved: int, device: str, clock: Clock, seconds: float) -> float:
     source = torch.ones(moved // 8, device=device)
     target = torch.zeros_like(source)
-    return moved / _fastest(lambda: target.copy_(source), device, seconds)
+    return moved / _fastest(lambda: target.copy_(source), clock, seconds)
 
 
-def _fastest(call: Callable[[], object], device: str, seconds: float) -> float:
-    def once() -> float:
-        start = time.perf_counter()
+def _fastest(call: Callable[[], object], clock: Clock, seconds: float) -> float:
+    def part() -> None:
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
     with torch.inference_mode():
-        once()
-        fastest, end = once(), time.perf_counter() + seconds
+        clock([part])
+        (fastest,), end = clock([part]), time.perf_counter() + seconds
         while time.perf_counter() < end:
-            fastest = min(fastest, once())
-    return fastest
+            fastest = min(fastest, *clock([part]))
+    return fastest / 1e3

@@ -28,7 +28,8 @@ class Options:
     suite: str = "all"
     """What to run, separated by commas: ops (group_norm_silu, sepconv, resblock, qk_norm_rope, attention, geglu,
     decoder_block), whole models (decoder, denoiser, train; on the CPU), or ops, models, all; readme: what the README
-    shows."""
+    shows. On CUDA resblock alone also stands for what the block is made of, at the sizes that have goals:
+    group_norm_silu, sepconv, resblock."""
     case: str = ""
     """Only cases whose name contains this, such as 256ch."""
     dtype: str = ""
@@ -55,10 +56,13 @@ class Options:
     """Also write rows, limits and what is missing as JSON."""
     plot: Path | None = None
     """Also draw the speed-ups and the roofline of this run (.png or .svg)."""
+    tune: bool = False
+    """Before anything is timed, choose the kernels' configs for these cases by timing them (CUDA; kept on disk)."""
     commit: str = ""
     """Commit to record where git cannot tell."""
     dry_run: bool = False
-    """Print the plan with its FLOPs, bytes and floors, and run nothing; needs no device."""
+    """Print the plan with its FLOPs, bytes and floors, on CUDA also kernel by kernel, and run nothing; needs no
+    device."""
 
 
 def listed(option: str, value: str, allowed: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ class Row:
     """One provider on one case in one mode. Times in ms, ``bytes`` and ``flops`` from :func:`bench.cases.costs`.
 
     ``floor_ms`` follows from ``gemm_gflops`` (GFLOP/s) and ``copy_gbs`` (GB/s), measured in the same run;
-    ``peak_bytes`` is the most memory held at once beyond what was there before, outputs included (-1: not measured;
-    scratch outside PyTorch's allocator does not count); ``checked`` says what was compared with fp64 beforehand. The
+    ``peak_bytes`` is the most memory held at once beyond what was there before, outputs included; of ``bwd``, what the
+    forward left for it, the peak of both being that of ``fwd+bwd`` (-1: not measured, as all of ``bwd`` on a CPU;
+    scratch outside PyTorch's allocator does not count). ``checked`` says what was compared with fp64 beforehand. The
     rest is :class:`bench.machine.Provenance`.
     """
 
@@ -50,6 +51,11 @@ class Row:
     torch: str
     triton: str
     snapgen: str
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU: its variant is a compute capability."""
+        return self.variant.startswith("sm_")
 
     @property
     def gflops(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def session(options: Options, console: Console) -> int:
         if options.threads < 1:
             raise UsageError(f"--threads is {options.threads}; it must be at least 1")
         torch.set_num_threads(options.threads)
+    if options.tune and options.device != "cuda":
+        raise UsageError("--tune: only the kernels of --device cuda have configs to choose")
     plan = make_plan(options, console)
     if options.dry_run:
         return _dry_run(options, plan, console)
@@ -50,8 +53,15 @@ def session(options: Options, console: Console) -> int:
     where = "saving no rows" if out is None else f"rows go to {out}"
     console.print(f"{len(plan.cases)} cases; {where}", soft_wrap=True)
     dtypes = tuple(dict.fromkeys(cases.DTYPE_NAMES[case.dtype] for case in plan.cases))
+    if options.device == "cuda":
+        # fp32 is IEEE's for all: by default PyTorch's convolutions take tf32, and its matrix products do not.
+        torch.backends.cudnn.allow_tf32 = False
+    if options.tune:
+        _tune(plan)
     rates = limits.measure(options.device, dtypes, 0.25 if options.quick or options.small else 1.0)
     show.limits(console, rates)
+    if options.device == "cuda":
+        show.kernels(console, plan.cases, rates)
 
     def report(case: Case | ModelCase, rows: list[Row]) -> None:
         show.rows(console, case, rows)
@@ -78,7 +88,7 @@ def make_plan(options: Options, console: Console) -> Plan:
         UsageError: an entry is not allowed, or nothing is left.
     """
     entries = listed("suite", options.suite, (*cases.SUITES, *cases.OPS, *MODELS))
-    names = tuple(dict.fromkeys(name for entry in entries for name in cases.named(entry)))
+    names, subset = cases.named(entries, options.device)
     ops = tuple(name for name in names if name in cases.OPS)
     if options.device != "cpu" and not ops:
         raise UsageError(f"--suite {options.suite}: whole models are timed on the CPU only")
@@ -90,10 +100,10 @@ def make_plan(options: Options, console: Console) -> Plan:
         ops = tuple(op for op in ops if unavailable[op] is None)
     default = "bf16" if options.device == "cuda" else "fp32,bf16"
     dtypes = listed("dtype", options.dtype or default, tuple(cases.DTYPES))
-    size = dict(quick=options.quick, small=options.small, readme=entries == ("readme",))
-    chosen: list[Case | ModelCase] = [*cases.select(options.device, ops, dtypes, **size)]
+    size = dict(quick=options.quick, small=options.small)
+    chosen: list[Case | ModelCase] = [*cases.select(options.device, ops, dtypes, subset=subset, **size)]
     if options.device == "cpu":
-        chosen += cases.select_models(names, dtypes, **size)
+        chosen += cases.select_models(names, dtypes, subset=subset, **size)
     chosen = [case for case in chosen if options.case in case.name]
     if not chosen:
         raise UsageError(
@@ -132,10 +142,23 @@ def _providers(options: Options, console: Console) -> list[Provider]:
     return present
 
 
+def _tune(plan: Plan) -> None:
+    """Measure the configs of the fused kernels for the plan's cases, of each dtype apart."""
+    for dtype in dict.fromkeys(case.dtype for case in plan.cases):
+        shapes: dict[str, list[Mapping[str, int]]] = {}
+        for case in plan.cases:
+            if not isinstance(case, ModelCase) and case.dtype == dtype:
+                shapes.setdefault(case.op, []).append(case.dims)
+        backward = "train" in plan.modes
+        snapgen_kernels.warmup(shapes, device=plan.device, dtypes=(dtype,), backward=backward, tune=True)
+
+
 def _dry_run(options: Options, plan: Plan, console: Console) -> int:
     rates = limits.assumed(options.device)
     show.limits(console, rates)
     show.plan(console, plan, rates)
+    if options.device == "cuda":
+        show.kernels(console, plan.cases, rates)
     fused = snapgen_kernels.backends()["ops"]
     for op in dict.fromkeys(case.op for case in plan.cases if not isinstance(case, ModelCase)):
         console.print(f"{op}: {fused[op][options.device]}", soft_wrap=True)

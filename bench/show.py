@@ -14,6 +14,7 @@ from bench.machine import Provenance
 from bench.models import ModelCase
 from bench.results import OURS, Row, compare
 from bench.runner import Plan
+from snapgen_kernels import costs as gpu
 from snapgen_kernels.testing import Case
 
 
@@ -59,10 +60,57 @@ def plan(console: Console, chosen: Plan, rates: Limits) -> None:
             console.print(f"{case.op} {mode} would be timed by: {', '.join(who) or 'nobody'}", soft_wrap=True)
 
 
+def kernels(console: Console, chosen: Sequence[Case | ModelCase], rates: Limits) -> None:
+    """What each GPU kernel of the cases moves and computes, by plan, and the sum of the kernels' floors beside the
+    op's own."""
+    known = [case for case in chosen if not isinstance(case, ModelCase) and case.op in gpu.OPS]
+    if known:
+        console.print(
+            "GPU kernels by arithmetic (snapgen_kernels/costs.py), by plan: split (each kernel on the whole batch), "
+            "blocked (a few samples at a time), fused; special: results of tanh, exponential and reciprocal",
+            soft_wrap=True,
+        )
+    for case in known:
+        console.print(_kernels(case, rates))
+        rate, size = rates.of_kernels(case.dtype), case.dtype.itemsize
+        for number, best in enumerate(gpu.plans(case.op, case.dims, size, rate), 1):
+            console.print(
+                f"half {number}: {best.form}, {best.samples} of {case.dims['B']} samples at a time, predicted "
+                f"{1e6 * best.seconds:.1f} us after the statistics",
+                soft_wrap=True,
+            )
+
+
+def _kernels(case: Case, rates: Limits) -> Table:
+    title = f"{case.op} {case.name} {DTYPE_NAMES[case.dtype]}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("mode", "plan", "kernel", "launches", "bytes", "FLOPs", "special", "floor us"):
+        table.add_column(heading, justify="left" if heading in _NAMES else "right", no_wrap=True)
+    rate = rates.of_kernels(case.dtype)
+    for mode in ("fwd", "bwd"):
+        seen: list[list[gpu.Kernel]] = []
+        for form in gpu.FORMS:
+            found = gpu.kernels(case.op, case.dims, case.dtype.itemsize, mode, form, rate)
+            if found in seen:
+                continue
+            for k in found:
+                table.add_row(mode, form, k.name, str(k.launches), *_numbers(k.bytes, k.flops, k.special),
+                              _us(k.floor(rate)))  # fmt: skip
+            sums = (sum(k.bytes for k in found), sum(k.flops for k in found), sum(k.special for k in found))
+            launches = str(sum(k.launches for k in found))
+            table.add_row(mode, form, "all", launches, *_numbers(*sums), _us(gpu.total(found, rate)), style="bold")
+            seen.append(found)
+        cost = costs(case)[mode]
+        floor = _us(rates.floor_ms(cost, case.dtype) / 1e3)
+        table.add_row(mode, "", "the op itself", "", *_numbers(cost.bytes, cost.flops, 0), floor, style="dim")
+        table.add_section()
+    return table
+
+
 def rows(console: Console, case: Case | ModelCase, measured: Sequence[Row]) -> None:
     """The providers of one case side by side, in each mode. ``gain``: the time of the best peer (the fastest but fused)
     over its own; ``floor``: share of the time that the machine's limits allow; ``GEMM``: share of a large product's
-    rate."""
+    rate; ``peak``: of bwd, what the forward left for it."""
     title = f"{case.op} {case.name} {DTYPE_NAMES[case.dtype]}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     for heading in ("mode", "provider", "ms", "p20 .. p80", "gain", "floor", "GFLOP/s", "GEMM", "GB/s", "peak"):
@@ -108,8 +156,18 @@ def si(value: float) -> str:
     return f"{value:.3g} "
 
 
+def _numbers(*values: int) -> list[str]:
+    return [si(value) if value else "" for value in values]
+
+
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f}"
+
+
 def _ms(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    decimals = next((d for d, limit in ((4, 0.1), (3, 1), (2, 10)) if value < limit), 1)
+    return f"{value:.{decimals}f}"
 
 
+_NAMES = ("mode", "plan", "kernel")
 _RIGHT = ("FLOPs", "bytes", "FLOP/byte", "floor ms")

@@ -1,7 +1,7 @@
 """The README's tables from what was measured: ``python -m bench.tables README.md`` rewrites what stands between the
 lines ``<!-- bench:begin -->`` and ``<!-- bench:end -->`` (rows of bench/results), ``<!-- goals:begin -->`` and
-``<!-- goals:end -->`` (the same against their goals), and ``<!-- scores:begin -->`` and ``<!-- scores:end -->`` (the
-shipped checkpoint's scores), each where it is there; ``--check`` only says whether they are up to date.
+``<!-- goals:end -->`` (the same against their goals), likewise ``gpu-goals`` (those of GPUs alone) and ``scores`` (of
+the shipped checkpoint), each where it is there; ``--check`` only says whether they are up to date.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from snapgen.io import write_text
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 GOALS_BEGIN, GOALS_END = "<!-- goals:begin -->", "<!-- goals:end -->"
+GPU_GOALS_BEGIN, GPU_GOALS_END = "<!-- gpu-goals:begin -->", "<!-- gpu-goals:end -->"
 SCORES_BEGIN, SCORES_END = "<!-- scores:begin -->", "<!-- scores:end -->"
 SCORES = SHIPPED / "tiny" / "scores.json"  # written by `snapgen eval tiny --untrained -o`
 _EMPTY = "No rows are recorded yet: `python -m bench` measures this machine and appends them to `bench/results/`."
@@ -133,7 +134,8 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+    decimals = next((d for d, limit in ((4, 0.1), (3, 1), (2, 10)) if value < limit), 1)
+    return f"{value:.{decimals}f}"
 
 
 def score_table(scores: Mapping[str, Mapping[str, float]]) -> str:
@@ -181,6 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             new = insert(new, tables(rows), str(options.file))
         if GOALS_BEGIN in old:
             new = insert(new, goals.table(rows), str(options.file), GOALS_BEGIN, GOALS_END)
+        if GPU_GOALS_BEGIN in old:
+            new = insert(new, goals.gpu_table(rows), str(options.file), GPU_GOALS_BEGIN, GPU_GOALS_END)
         if SCORES_BEGIN in old:
             scores = json.loads(SCORES.read_text(encoding="utf-8"))
             new = insert(new, score_table(scores), str(options.file), SCORES_BEGIN, SCORES_END)

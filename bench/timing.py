@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from snapgen_kernels.checks import outputs_of, upstream_of
+from snapgen_kernels.checks import outputs_of
 
 _FEWEST = 5  # rounds, however slow the case
 _FEWEST_SLOW = 3  # where one round takes longer than all were meant to
 _MOST = 500
+_MOST_FLUSHES = 64  # some ms; a part that takes longer to queue waits for the device inside
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Prepared:
 
 
 # A step is what one repetition does: the parts are timed one by one.
-Step = Sequence[Callable[[], None]]
+Part = Callable[[], None]
+Step = Sequence[Part]
 
 
 def inference_step(prepared: Prepared) -> Step:
@@ -50,7 +53,7 @@ def inference_step(prepared: Prepared) -> Step:
 
 def training_step(prepared: Prepared) -> Step:
     """A forward that keeps what backward needs, then the gradients of all leaves; a fresh graph each time."""
-    upstream = upstream_of(outputs_of(prepared.call()))
+    upstream = [torch.randn_like(output) for output in outputs_of(prepared.call())]
     kept: list[tuple[Tensor, ...]] = []
 
     def forward() -> None:
@@ -63,30 +66,55 @@ def training_step(prepared: Prepared) -> Step:
 
 
 class Clock:
-    """Times the parts of a step, in ms. On CUDA by events, each part after the caches were overwritten."""
+    """Times the parts of a step, in ms. On CUDA the device's time, by events, each part with cold caches.
+
+    A GPU works through a queue. Before each part the caches are overwritten (written, so that what is timed also pays
+    for making room, as with Triton's ``do_bench``), again and again until the processor has queued the whole part by
+    the time that the device gets to it: else the span would hold the processor's own time wherever kernels are short.
+    """
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
-        # Four times the L2 cache of the largest GPUs of today.
-        self._flush = torch.empty(1 << 28, dtype=torch.int8, device=device) if self.cuda else None
+        # Twice the L2 cache of the largest GPUs of today.
+        self._scratch = torch.empty(1 << 28, dtype=torch.int8, device=device) if self.cuda else None
+        self._flushes: WeakKeyDictionary[Part, int] = WeakKeyDictionary()
 
     def __call__(self, step: Step) -> list[float]:
-        if self._flush is None:
-            marks = [time.perf_counter()]
-            for part in step:
-                part()
-                marks.append(time.perf_counter())
-            return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
-        spans = []
+        if self.cuda:
+            return self._on_device(step)
+        marks = [time.perf_counter()]
         for part in step:
-            self._flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
             part()
-            end.record()
-            spans.append((start, end))
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in spans]
+            marks.append(time.perf_counter())
+        return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+
+    def _on_device(self, step: Step) -> list[float]:
+        ahead = False
+        while not ahead:
+            marks, ahead = [], True
+            for part in step:
+                start, end, in_time = self._queue(part)
+                marks.append((start, end))
+                ahead = ahead and in_time
+            torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in marks]
+
+    def _queue(self, part: Part) -> tuple[torch.cuda.Event, torch.cuda.Event, bool]:
+        """Queue one part; the events around it, and False where it is to be timed again behind twice as many
+        flushes."""
+        assert self._scratch is not None
+        flushes = self._flushes.setdefault(part, 1)
+        for _ in range(flushes):
+            self._scratch.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        part()
+        late = start.query()  # the device is there already
+        end.record()
+        if not late or flushes >= _MOST_FLUSHES:
+            return start, end, True
+        self._flushes[part] = 2 * flushes
+        return start, end, False
 
 
 def interleaved(
@@ -165,6 +193,16 @@ def peak_bytes(step: Step, device: str, *, twice: bool = False) -> int:
                 before = held
             peak = max(peak if event.start_ns() >= begin else 0, held - before)
     return peak
+
+
+def kept_bytes(step: Step) -> int:
+    """What a training step's forward leaves for its backward, outputs included, through PyTorch's CUDA allocator."""
+    forward, backward = step
+    before = torch.cuda.memory_allocated()
+    forward()
+    kept = torch.cuda.memory_allocated() - before
+    backward()
+    return kept
 
 
 @contextmanager

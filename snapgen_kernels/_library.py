@@ -12,7 +12,6 @@ tensor per differentiable argument, empty where the gradient is not needed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -132,9 +131,9 @@ def register(
     kernels: tuple[str, ...] = (),
     cpu: Callable[..., Any] | None = None,
     cpu_backward: Callable[..., Any] | None = None,
-    cpu_unsupported: Callable[..., str | None] | None = None,
     cuda: Callable[..., Any] | None = None,
     cuda_backward: Callable[..., Any] | None = None,
+    unsupported: Callable[..., str | None] | None = None,
 ) -> Op:
     """Register ``snapgen::name`` and ``snapgen::name_backward``.
 
@@ -149,10 +148,10 @@ def register(
         fake: the same on fake tensors: shapes, dtypes, strides.
         cast: names of the arguments that autocast turns into its dtype (those of convolutions and products).
         kernels: device types with fused kernels.
-        cpu, cpu_backward: launchers of the C++ kernels; ``cpu_backward`` takes the backward op's arguments. They are
-            called where the extension is there and ``cpu_unsupported`` has no objection to the forward's arguments;
-            elsewhere (fp64, say) the reference runs.
-        cuda, cuda_backward: launchers of the Triton kernels.
+        cpu, cpu_backward: launchers of the C++ kernels; ``cpu_backward`` takes the backward op's arguments.
+        cuda, cuda_backward: likewise, of the Triton kernels.
+        unsupported: called with the forward's arguments; None, or why the launchers do not take them (fp64, say): the
+            reference runs then, as it does where there is no extension or no Triton.
     """
     arguments = tuple(part.split()[-1] for part in schema.split(","))
     op = Op(name, arguments, differentiable, outputs, saved, reference, keep_outputs)
@@ -196,22 +195,27 @@ def register(
     if cast:
         _register_autocast(op, cast)
 
-    def on_cpu(launcher: Callable[..., Any], default: Callable[..., Any], first: int) -> Callable[..., Any]:
+    def on(device_type: str, launcher: Callable[..., Any], default: Callable[..., Any], first: int) -> Any:
         def launch(*args: Any) -> Any:
-            objection = _backend.missing_kernel(name, "cpu")
-            if objection is None and cpu_unsupported is not None:
-                objection = cpu_unsupported(*args[first : first + len(arguments)])
+            objection = _backend.missing_kernel(name, device_type)
+            if objection is None and unsupported is not None:
+                objection = unsupported(*args[first : first + len(arguments)])
             return launcher(*args) if objection is None else default(*args)
 
         return launch
 
-    if cpu is not None:
-        LIBRARY.impl(name, on_cpu(cpu, forward_default, 0), "CPU")
-    if cpu_backward is not None:
-        LIBRARY.impl(f"{name}_backward", on_cpu(cpu_backward, backward_default, outputs), "CPU")
-    for suffix, launcher in (("", cuda), ("_backward", cuda_backward)):
-        if launcher is not None:
-            LIBRARY.impl(name + suffix, _ranged(f"snapgen::{name}{suffix}", launcher), "CUDA")
+    default, launchers = (
+        (forward_default, backward_default),
+        {"cpu": (cpu, cpu_backward), "cuda": (cuda, cuda_backward)},
+    )
+    for device_type, pair in launchers.items():
+        for index, launcher in enumerate(pair):
+            if launcher is not None:
+                suffix = ("", "_backward")[index]
+                if device_type == "cuda":
+                    launcher = _on_its_device(f"snapgen::{name}{suffix}", launcher)
+                kernel = on(device_type, launcher, default[index], index * outputs)
+                LIBRARY.impl(name + suffix, kernel, device_type.upper())
     _backend.KERNELS[name] = kernels
     return op
 
@@ -337,12 +341,13 @@ def dtype_seen(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type)
 
 
-def _ranged(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
+def _on_its_device(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher with its first tensor's GPU as the current one, inside an NVTX range."""
+
     def launch(*args: Any) -> Any:
-        with _backend.profile_range(name):
+        with torch.cuda.device(args[0].device), _backend.profile_range(name):
             return launcher(*args)
 
-    launch.__signature__ = inspect.signature(launcher)  # type: ignore[attr-defined]
     return launch
 
 

@@ -145,7 +145,7 @@ OP = register(
     kernels=("cpu",),
     cpu=_cpu,
     cpu_backward=_cpu_backward,
-    cpu_unsupported=_unsupported,
+    unsupported=_unsupported,
 )
 
 

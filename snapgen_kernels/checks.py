@@ -24,12 +24,15 @@ def poisoned_memory() -> Iterator[None]:
     """``empty*`` is filled with NaN inside, also when C++ calls it: what a kernel forgets to write shows."""
     settings: Any = torch.utils.deterministic
     deterministic, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # PyTorch fills memory only where its algorithms are to be deterministic; on CUDA it then refuses matrix products
+    # unless the environment says CUBLAS_WORKSPACE_CONFIG, which would be too late here and is not what is asked.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         settings.fill_uninitialized_memory = fill
 
 

@@ -173,7 +173,7 @@ def _unsupported(x: Tensor, weights: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _cpu_unsupported(*args: Any) -> str | None:
+def _call_unsupported(*args: Any) -> str | None:
     return _unsupported(args[0], args[1 : 1 + len(_WEIGHTS)])
 
 
@@ -190,7 +190,7 @@ OP = register(
     kernels=("cpu",),
     cpu=_cpu,
     cpu_backward=_cpu_backward,
-    cpu_unsupported=_cpu_unsupported,
+    unsupported=_call_unsupported,
     cast=("x", "dw1_weight", "dw1_bias", "pw1_weight", "dw2_weight", "dw2_bias", "pw2_weight"),
 )
 

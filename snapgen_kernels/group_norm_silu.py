@@ -102,20 +102,6 @@ def _cuda_backward(
     return kernels.backward(dy, x, num_groups, weight, bias, eps, mean, rstd, needs)
 
 
-OP = register(
-    NAME,
-    "Tensor x, int num_groups, Tensor weight, Tensor bias, float eps",
-    outputs=1,
-    saved=2,  # mean and rstd, [B, G]
-    differentiable=("x", "weight", "bias"),
-    reference=_reference_with_statistics,
-    fake=_fake,
-    kernels=("cpu", "cuda"),
-    cuda=_cuda,
-    cuda_backward=_cuda_backward,
-)
-
-
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -133,6 +119,21 @@ def _unsupported(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
         if tensor.dtype not in (torch.float32, x.dtype):
             return f"{name} has dtype {tensor.dtype}; the kernels take float32 or the dtype of x ({x.dtype})"
     return None
+
+
+OP = register(
+    NAME,
+    "Tensor x, int num_groups, Tensor weight, Tensor bias, float eps",
+    outputs=1,
+    saved=2,  # mean and rstd, [B, G]
+    differentiable=("x", "weight", "bias"),
+    reference=_reference_with_statistics,
+    fake=_fake,
+    kernels=("cpu", "cuda"),
+    cuda=_cuda,
+    cuda_backward=_cuda_backward,
+    unsupported=lambda x, num_groups, weight, bias, eps: _unsupported(x, weight, bias),
+)
 
 
 def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from snapgen_kernels import _backend
 from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
 from snapgen_kernels.group_norm_silu import Norm, new_statistics, statistics
-from snapgen_kernels.sepconv import SepConv2d, check_separable, new_image, sepconv, unsupported_dtypes
+from snapgen_kernels.sepconv import (
+    SepConv2d,
+    check_separable,
+    new_image,
+    sepconv,
+    unsupported_dtypes,
+    unsupported_layout,
+)
 from snapgen_kernels.sepconv import reference as sepconv_reference
 
 NAME = "resblock"
@@ -187,6 +194,18 @@ def _cpu_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return kernels.backward(*arguments)
 
 
+def _cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._triton import resblock as kernels
+
+    return kernels.forward(*arguments)
+
+
+def _cuda_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._triton import resblock_backward as kernels
+
+    return kernels.backward(*arguments)
+
+
 OP = register(
     NAME,
     "Tensor x, Tensor shift, "
@@ -207,10 +226,12 @@ OP = register(
         "shortcut_weight",
         "shortcut_bias",
     ),
-    kernels=("cpu",),
+    kernels=("cpu", "cuda"),
     cpu=_cpu,
     cpu_backward=_cpu_backward,
-    cpu_unsupported=_unsupported,
+    cuda=_cuda,
+    cuda_backward=_cuda_backward,
+    unsupported=_unsupported,
 )
 
 
@@ -261,7 +282,7 @@ def resblock(
     first = (norm1.weight, norm1.bias, dw1_weight, pw1_weight)
     second = (norm2.weight, norm2.bias, dw2_weight, pw2_weight)
     tensors = (x, shift, *first, *second, shortcut_weight, shortcut_bias)
-    reason = _unsupported(*tensors)
+    reason = _unsupported(*tensors) or unsupported_layout(x)
     if norm1.num_groups != norm2.num_groups or norm1.eps != norm2.eps:
         reason = "norm1 and norm2 differ in num_groups or eps; the kernel takes one of each"
     if _backend.select(NAME, x.device.type, reason):

@@ -174,13 +174,22 @@ def _unsupported(
     return unsupported_dtypes(x, like_x, (("norm.weight", norm_weight), ("norm.bias", norm_bias)))
 
 
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
 def unsupported_dtypes(
     x: Tensor, like_x: Iterable[tuple[str, Tensor | None]], norms: Iterable[tuple[str, Tensor | None]]
 ) -> str | None:
-    """None if the CPU kernels take these dtypes: fp32 or bf16, norms in fp32 or the same; else the reason."""
-    dtype = dtype_seen(x)
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"x has dtype {dtype}; the kernels take float32 and bfloat16"
+    """None if the kernels of this device take these dtypes: that of x throughout, norms also in fp32; else the
+    reason."""
+    dtype, allowed = dtype_seen(x), _DTYPES.get(x.device.type, ())
+    if dtype not in allowed:
+        return (
+            f"x has dtype {dtype} on {x.device.type}; the kernels take {', '.join(map(str, allowed)) or 'none there'}"
+        )
     if x.shape[1] == 0:
         return "x has no channels"
     for name, tensor in like_x:
@@ -192,6 +201,16 @@ def unsupported_dtypes(
     return None
 
 
+def unsupported_layout(x: Tensor) -> str | None:
+    """None if the kernels of this device are worth calling for the memory format of x, else the reason."""
+    if x.device.type != "cuda" or x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return (
+        f"x is not channels_last (shape {tuple(x.shape)}, strides {x.stride()}), which the GPU kernels need: "
+        "x.to(memory_format=torch.channels_last), once for the whole network"
+    )
+
+
 def _cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from snapgen_kernels._cpu import sepconv as kernels
 
@@ -200,6 +219,18 @@ def _cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _cpu_backward(*arguments: Any) -> tuple[Tensor, ...]:
     from snapgen_kernels._cpu import sepconv_backward as kernels
+
+    return kernels.backward(*arguments)
+
+
+def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from snapgen_kernels._triton import sepconv as kernels
+
+    return kernels.forward(*arguments)
+
+
+def _cuda_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._triton import sepconv_backward as kernels
 
     return kernels.backward(*arguments)
 
@@ -225,10 +256,12 @@ OP = register(
     reference=_reference_with_statistics,
     fake=_fake,
     cast=("x", "dw_weight", "pw_weight", "dw_bias", "pw_bias", "shift", "residual"),
-    kernels=("cpu",),
+    kernels=("cpu", "cuda"),
     cpu=_cpu,
     cpu_backward=_cpu_backward,
-    cpu_unsupported=_unsupported,
+    cuda=_cuda,
+    cuda_backward=_cuda_backward,
+    unsupported=_unsupported,
 )
 
 
@@ -293,7 +326,7 @@ def sepconv(
         (None, None, 1, 1e-5) if norm is None else (norm[1], norm[2], norm[0], norm[3])
     )
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias, norm_weight, norm_bias, shift, residual)
-    if _backend.select(NAME, x.device.type, _unsupported(*tensors)):
+    if _backend.select(NAME, x.device.type, _unsupported(*tensors) or unsupported_layout(x)):
         return torch.ops.snapgen.sepconv(*tensors, num_groups, eps, stride, upsample)[0]
     return _formula(group_norm_silu, x, dw_weight, pw_weight, dw_bias, pw_bias, norm, shift, residual, stride, upsample)
 

@@ -52,6 +52,9 @@ class Case:
     offset: float = 0.0
     seed: int = field(default=0)
 
+    def __hash__(self) -> int:  # `dims` has none
+        return hash(str(self))
+
     def __str__(self) -> str:
         return f"{self.op}-{self.name}-{str(self.dtype).removeprefix('torch.')}-{self.layout}"
 

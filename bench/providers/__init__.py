@@ -62,3 +62,11 @@ def all_providers() -> dict[str, Provider]:
 
 
 NAMES = ("fused", "fused-low", "eager", "eager-nchw", "compile", "compile-max", "openvino", "onnxruntime")
+
+
+def release() -> None:
+    """Free what the providers kept of the last case."""
+    from bench.providers import compiled, eager
+
+    compiled.release()
+    eager.release()

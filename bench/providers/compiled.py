@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 import torch
 
 from bench.models import ModelCase
 from bench.providers import Unusable
 from bench.providers.eager import drawn, leaves, plain_model
-from bench.timing import Prepared
+from bench.timing import Prepared, inference_step, training_step
 from snapgen_kernels import _backend
 from snapgen_kernels.testing import Case
 
 
 class Compiled:
-    """``torch.compile(eager, mode=...)`` for static shapes, compiled anew for each case.
+    """``torch.compile(eager, mode=...)`` for static shapes, compiled anew for each case (see :func:`release`).
 
     max-autotune runs without CUDA graphs: events time the device, and graphs would copy the inputs besides.
     """
@@ -38,7 +39,6 @@ class Compiled:
         return None
 
     def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
-        torch._dynamo.reset()
         if isinstance(case, ModelCase):
             prepared = plain_model(case, compiled=True)
         else:
@@ -46,7 +46,16 @@ class Compiled:
             function = torch.compile(case.spec.eager, mode=self.mode, fullgraph=True, dynamic=False)
             prepared = Prepared(lambda: function(inputs), leaves(case, inputs))
         try:
-            prepared.call()
+            step = training_step(prepared) if train and not prepared.whole else inference_step(prepared)
+            for part in step:  # a backward is compiled when it first runs
+                part()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise Unusable(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
         return prepared
+
+
+def release() -> None:
+    """Forget what was compiled for the last case: dynamo compiles a function for a few shapes only. Not between two
+    providers of one case, for the first would compile again while it is timed."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

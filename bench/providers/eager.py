@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import models
 from bench.models import ModelCase
@@ -17,9 +19,26 @@ from snapgen_kernels.testing import Case, Inputs
 
 def drawn(case: Case, device: str, train: bool) -> Inputs:
     """The case's inputs as ordinary tensors: those made in inference mode tell nobody when they change, so that nothing
-    made of a weight could be kept."""
+    made of a weight could be kept. On a GPU, where all caches are cold anyway, providers share their memory."""
     with torch.inference_mode(False):
-        return case.inputs(device, requires_grad=train)
+        if device == "cpu":
+            return case.inputs(device, requires_grad=train)
+        shared = _on_device(case, device)
+        inputs = {name: value.detach() if isinstance(value, Tensor) else value for name, value in shared.items()}
+        for leaf in leaves_of(case, inputs).values():
+            leaf.requires_grad_(train)
+        return inputs
+
+
+@lru_cache(maxsize=2)  # both layouts of one case
+def _on_device(case: Case, device: str) -> Inputs:
+    """Random numbers come from the CPU, seconds of them for a batch."""
+    return case.inputs(device)
+
+
+def release() -> None:
+    """Free the inputs that providers share."""
+    _on_device.cache_clear()
 
 
 def plain_model(case: ModelCase, *, layout: str = "channels_last", compiled: bool = False) -> Prepared:
@@ -32,17 +51,17 @@ def plain_model(case: ModelCase, *, layout: str = "channels_last", compiled: boo
             network = models.contiguous(network, case)
         forward: Any = torch.compile(network, fullgraph=True, dynamic=False) if compiled else network
 
-        def step() -> torch.Tensor:
+        def step() -> Tensor:
             return models.run(forward, activations)
 
-    def call() -> torch.Tensor:
+    def call() -> Tensor:
         with plain():
             return step()
 
     return Prepared(call, whole=True)
 
 
-def leaves(case: Case, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def leaves(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     """The inputs that gradients are asked of."""
     return tuple(value for value in leaves_of(case, inputs).values() if value.requires_grad)
 

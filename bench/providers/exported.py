@@ -12,7 +12,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-import snapgen.unet
 from bench import models
 from bench.models import ModelCase
 from bench.plain import plain
@@ -74,10 +73,12 @@ class _Model(nn.Module):
             network.time_proj = _Constant(network.time_proj(time))
 
     def forward(self, sample: Tensor, *text: Tensor) -> Tensor:
+        from snapgen import unet  # here, since an op alone is exported without diffusers
+
         def constant(height: int, width: int, head_dim: int, device: Any) -> tuple[Tensor, Tensor]:
             return self.rotations[int(height), int(width)]
 
-        with plain(), _constant_shapes(), mock.patch.object(snapgen.unet, "rope_2d", constant):
+        with plain(), _constant_shapes(), mock.patch.object(unet, "rope_2d", constant):
             return models.run(self.network, (sample,) if self.time is None else (sample, self.time, *text))
 
 

@@ -56,8 +56,10 @@ def fast(dtype: torch.dtype) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of products: fp32 ones run in tf32 only where PyTorch's own would."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """``input_precision`` of a product that stands for a convolution: fp32 runs in tf32 where PyTorch's own would, which
+    is its default on NVIDIA (``torch.backends.cudnn.conv.fp32_precision``)."""
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
 @cache
@@ -68,6 +70,17 @@ def _processors(index: int) -> int:
 def processors(tensor: Tensor) -> int:
     """Multiprocessors of the tensor's GPU; an H200's where there is none (under the interpreter)."""
     return _processors(tensor.get_device()) if tensor.is_cuda else 132
+
+
+@cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def capability(tensor: Tensor) -> int:
+    """Compute capability of the tensor's GPU, times 10; an H200's where there is none."""
+    return _capability(tensor.get_device()) if tensor.is_cuda else 90
 
 
 @cache
@@ -111,6 +124,7 @@ class Build(NamedTuple):
         options: num_warps, num_stages.
         divisible: integer arguments that are multiples of 16 in the model's shapes.
         products: whether tensor-core instructions must be there.
+        since: the compute capability, times 10, from which on it is launched.
     """
 
     kernel: Any
@@ -119,6 +133,7 @@ class Build(NamedTuple):
     options: Mapping[str, int]
     divisible: tuple[str, ...] = ()
     products: bool = False
+    since: int = 80
 
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -132,10 +147,13 @@ def build(
     divisible: tuple[str, ...],
     *,
     products: bool = False,
-    **constants: bool | int | str,
+    since: int = 80,
+    **constants: Any,
 ) -> Build:
     """The build of a kernel for a config: fields that are no launch options are its constants, in capitals."""
     fields = config._asdict()
     options = {name: fields.pop(name) for name in ("num_warps", "num_stages") if name in fields}
     sizes = {name.upper(): value for name, value in fields.items()}
-    return Build(kernel, {**sizes, **constants}, dict.fromkeys(images, _NAMES[dtype]), options, divisible, products)
+    return Build(
+        kernel, {**sizes, **constants}, dict.fromkeys(images, _NAMES[dtype]), options, divisible, products, since
+    )

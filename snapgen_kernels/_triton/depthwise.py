@@ -1,13 +1,13 @@
 """The depthwise 3x3 convolution on the GPU, with the norm and SiLU in front of it.
 
 :func:`depthwise_kernel` scans rows: a value is loaded and normalised once for each group of four columns that it
-reaches (1.5 times), and added to three output rows that stay in registers. :func:`direct_kernel` takes nine taps a pixel
-and serves what has stride 2 or nearest 2x.
+reaches (1.5 times), and added to three output rows that stay in registers. :func:`direct_kernel` takes nine taps a
+pixel and serves what has stride 2 or nearest 2x.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -76,6 +76,13 @@ def normalised(b_x, b_scale, b_offset, HAS_NORM: tl.constexpr, FAST: tl.constexp
         b_a = b_a * b_scale + b_offset
         b_a = silu_of_half(b_a) if FAST else silu(b_a, False)
     return b_a
+
+
+@triton.jit
+def row_and_column(b_p, W):
+    """Of pixels counted row by row. Unsigned: a signed division costs more than all that follows it."""
+    b_row = (b_p.to(tl.uint32) // tl.cast(W, tl.uint32)).to(tl.int32)
+    return b_row, b_p - b_row * W
 
 
 @triton.jit
@@ -290,7 +297,7 @@ def direct_kernel(
     b_m = tl.arange(0, BLOCK_P)
     b_p = i_p * BLOCK_P + b_m
     m_p = b_p < P
-    b_row, b_col = b_p // WO, b_p % WO
+    b_row, b_col = row_and_column(b_p, WO)
     i_row = i_p * BLOCK_P // WO
     b_y = nine_taps(
         p_x, p_dw, p_dw_bias, b_scale, b_offset, i_b, i_row, b_row, b_col, m_p, b_c, m_c, H, W, C,
@@ -311,6 +318,18 @@ DEPTHWISE_CONFIGS = (
     DepthwiseConfig(8, 32, 16, 2),
 )
 DIRECT_CONFIGS = (DirectConfig(32, 64, 4), DirectConfig(32, 64, 8), DirectConfig(16, 128, 4))
+
+
+def depthwise_configs(dtype: torch.dtype) -> tuple[DepthwiseConfig, ...]:
+    """Candidates: up to eight 16-bit or four 32-bit channels a thread."""
+    wide = dtype == torch.float32
+    return tuple(c for c in DEPTHWISE_CONFIGS if not wide or c.block_w * c.block_c <= 128 * c.num_warps)
+
+
+def direct_configs(dtype: torch.dtype) -> tuple[DirectConfig, ...]:
+    """Candidates: up to sixteen 16-bit or eight 32-bit values a thread."""
+    wide = dtype == torch.float32
+    return tuple(c for c in DIRECT_CONFIGS if not wide or c.block_p * c.block_c <= 256 * c.num_warps)
 
 
 def _scanning(batch: int, channels: int, height: int, width: int, processors: int) -> DepthwiseConfig:
@@ -374,9 +393,10 @@ def depthwise(
 
     if stride == 1 and not upsample:
         default = _scanning(batch, channels, height, width, common.processors(x))
-        scan(tuning.choose("depthwise", key, DEPTHWISE_CONFIGS, default, scan))
+        scan(tuning.choose("depthwise", key, depthwise_configs(x.dtype), default, scan))
     else:
-        direct(tuning.choose("direct", key, DIRECT_CONFIGS, DIRECT_CONFIGS[0], direct))
+        configs = direct_configs(x.dtype)
+        direct(tuning.choose("direct", key, configs, configs[0], direct))
     return y
 
 
@@ -387,10 +407,10 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     found: list[Build] = []
     for norm in (True, False):
         flags = {"HAS_NORM": norm, "HAS_BIAS": not norm, "FAST": norm and quick}
-        for scan in DEPTHWISE_CONFIGS:
+        for scan in depthwise_configs(dtype):
             found.append(common.build(depthwise_kernel, dtype, images, scan, ("C",), **flags, EVEN=norm))
-        for direct in DIRECT_CONFIGS:
+        for direct in direct_configs(dtype):
             for stride in (1, 2):
-                sizes: dict[str, int] = {"STRIDE": stride, "UPSAMPLE": stride == 1}
-                found.append(common.build(direct_kernel, dtype, images, direct, ("C",), **flags, **sizes))
+                shape: dict[str, Any] = {**flags, "STRIDE": stride, "UPSAMPLE": stride == 1}
+                found.append(common.build(direct_kernel, dtype, images, direct, ("C",), **shape))
     return found

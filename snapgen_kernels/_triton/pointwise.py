@@ -5,7 +5,7 @@ the next norm.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -232,7 +232,6 @@ def pointwise_kernel(
 PRODUCT_CONFIGS = (
     ProductConfig(128, 256, 64, 8, 3),
     ProductConfig(128, 128, 64, 8, 3),
-    ProductConfig(128, 128, 64, 4, 3),
     ProductConfig(64, 128, 64, 4, 4),
     ProductConfig(64, 64, 64, 4, 4),
 )
@@ -242,11 +241,21 @@ PRODUCT_CONFIGS_FP32 = (ProductConfig(64, 64, 32, 4, 2), ProductConfig(32, 64, 3
 PRODUCT_CONFIGS_HIP = (ProductConfig(128, 128, 64, 8, 2), ProductConfig(64, 64, 64, 4, 2))
 
 
-def product_configs(dtype: torch.dtype, nvidia: bool = True) -> tuple[ProductConfig, ...]:
+def since(config: ProductConfig) -> int:
+    """From which compute capability on a config is launched: before Hopper the operands of a product are in registers
+    too, which the widest accumulators leave no room for."""
+    return 90 if config.block_n > 128 else 80
+
+
+def product_configs(dtype: torch.dtype, nvidia: bool, capability: int, shortcut: bool) -> tuple[ProductConfig, ...]:
     """The product's candidates, widest first."""
     if dtype == torch.float32:
         return PRODUCT_CONFIGS_FP32
-    return PRODUCT_CONFIGS if nvidia else PRODUCT_CONFIGS_HIP
+    if not nvidia:
+        return PRODUCT_CONFIGS_HIP
+    # The addresses of a second product, too, take the registers that the widest accumulators leave.
+    widest = 128 if shortcut else 256
+    return tuple(c for c in PRODUCT_CONFIGS if since(c) <= capability and c.block_n <= widest)
 
 
 def filling(
@@ -286,7 +295,10 @@ def product_config(
 ) -> ProductConfig:
     """The config for products of ``d``'s samples at a time."""
     batch, inputs, height, width = d.shape
-    outputs, configs = y.shape[1], product_configs(d.dtype, torch.version.hip is None)
+    outputs, configs = (
+        y.shape[1],
+        product_configs(d.dtype, torch.version.hip is None, common.capability(d), ending.shortcut is not None),
+    )
     key = (str(d.dtype), batch, height * width, inputs, outputs, transposed, statistics, ending.inputs())
 
     def launch(config: ProductConfig) -> None:
@@ -329,21 +341,28 @@ ENDINGS = (
 IMAGES = ("p_d", "p_y", "p_w", "p_bias", "p_shift", "p_residual", "p_xs", "p_ws")
 
 
+def precisions(dtype: torch.dtype, nvidia: bool) -> tuple[str, ...]:
+    """What :func:`common.precision` may give."""
+    return ("ieee", "tf32") if dtype == torch.float32 and nvidia else ("ieee",)
+
+
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The kernel in every config that the launchers may choose: the block's two halves, its shortcut, a backward."""
-    flags = {"EVEN_K": True, "PRECISION": "ieee"}
-    return [
-        common.build(
-            pointwise_kernel,
-            dtype,
-            IMAGES,
-            config,
-            ("P", "K", "N", "KS"),
-            products=dtype != torch.float32,
-            **flags,
-            **ending,
-            TRANSPOSED=not any(ending.values()),
-        )
-        for config in product_configs(dtype, nvidia)
-        for ending in ENDINGS
-    ]
+    found: list[Build] = []
+    for ending in ENDINGS:
+        for config in product_configs(dtype, nvidia, 90, ending["HAS_SHORTCUT"]):
+            for precision in precisions(dtype, nvidia):
+                flags: dict[str, Any] = {**ending, "EVEN_K": True, "TRANSPOSED": not any(ending.values())}
+                listed = common.build(
+                    pointwise_kernel,
+                    dtype,
+                    IMAGES,
+                    config,
+                    ("P", "K", "N", "KS"),
+                    products=dtype != torch.float32 or precision == "tf32",
+                    since=since(config),
+                    PRECISION=precision,
+                    **flags,
+                )
+                found.append(listed)
+    return found

@@ -15,7 +15,7 @@ equal.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,15 @@ from torch import Tensor
 
 from snapgen_kernels._triton import common, tuning
 from snapgen_kernels._triton.common import Build, new_channels_last
-from snapgen_kernels._triton.depthwise import Affine, affine, depthwise, nine_taps, norm_arguments, norm_flags
+from snapgen_kernels._triton.depthwise import (
+    Affine,
+    affine,
+    depthwise,
+    nine_taps,
+    norm_arguments,
+    norm_flags,
+    row_and_column,
+)
 from snapgen_kernels._triton.group_norm_silu import moments
 from snapgen_kernels._triton.pointwise import (
     ENDINGS,
@@ -38,6 +46,7 @@ from snapgen_kernels._triton.pointwise import (
     new_moments,
     product,
     product_config,
+    since,
 )
 from snapgen_kernels.sepconv import new_image, no_statistics, output_size
 
@@ -101,7 +110,7 @@ def fused_kernel(
     b_m = tl.arange(0, BLOCK_M)
     b_p = i_m * BLOCK_M + b_m
     m_m = b_p < P
-    b_row, b_col = b_p // WO, b_p % WO
+    b_row, b_col = row_and_column(b_p, WO)
     i_row = i_m * BLOCK_M // WO
     b_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = b_n < N
@@ -133,15 +142,16 @@ FUSED_CONFIGS = (
     ProductConfig(64, 128, 64, 8, 1),
     ProductConfig(64, 64, 32, 4, 1),
 )
-FUSED_CONFIGS_FP32 = (ProductConfig(64, 64, 32, 8, 1), ProductConfig(32, 64, 32, 4, 1))
+FUSED_CONFIGS_FP32 = (ProductConfig(32, 64, 32, 8, 1),)
 
 # The depthwise image of so many bytes stays in the L2 cache between its writing and its reading (an H200 has 60 MB).
 SCRATCH_BYTES = 24 << 20
 
 
-def fused_configs(dtype: torch.dtype) -> tuple[ProductConfig, ...]:
+def fused_configs(dtype: torch.dtype, capability: int) -> tuple[ProductConfig, ...]:
     """The fused kernel's candidates, widest first."""
-    return FUSED_CONFIGS_FP32 if dtype == torch.float32 else FUSED_CONFIGS
+    configs = FUSED_CONFIGS_FP32 if dtype == torch.float32 else FUSED_CONFIGS
+    return tuple(config for config in configs if since(config) <= capability)
 
 
 def samples_at_once(batch: int, sample_bytes: int) -> int:
@@ -207,7 +217,7 @@ def _fused(half: Half, y: Tensor) -> Moments | None:
         )  # fmt: skip
         return moments
 
-    configs = fused_configs(x.dtype)
+    configs = fused_configs(x.dtype, common.capability(x))
     default = filling(configs, batch, pixels, outputs, common.processors(x))
     key = (str(x.dtype), batch, channels, height, width, outputs, half.stride, half.upsample, half.norm is not None)
     return launch(tuning.choose("fused", key, configs, default, launch))
@@ -292,13 +302,24 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The fused kernel in every config that the launcher may choose."""
     images = (*IMAGES, "p_x", "p_dw", "p_dw_bias")
     found: list[Build] = []
-    for config in fused_configs(dtype):
+    for config in fused_configs(dtype, 90):
         for ending in ENDINGS:
             norm = ending["HAS_SHIFT"] or ending["HAS_RESIDUAL"]
             flags = {"HAS_NORM": norm, "HAS_DW_BIAS": False, "FAST": norm and nvidia and dtype == torch.bfloat16}
-            shape = {"STRIDE": 1, "UPSAMPLE": not norm, "EVEN_K": True, "PRECISION": "ieee"}
+            shape: dict[str, Any] = {"STRIDE": 1, "UPSAMPLE": not norm, "EVEN_K": True, "PRECISION": "ieee"}
             sizes, dot = ("C", "N", "KS"), dtype != torch.float32
             found.append(
-                common.build(fused_kernel, dtype, images, config, sizes, products=dot, **flags, **ending, **shape)
+                common.build(
+                    fused_kernel,
+                    dtype,
+                    images,
+                    config,
+                    sizes,
+                    products=dot,
+                    since=since(config),
+                    **flags,
+                    **ending,
+                    **shape,
+                )
             )
     return found

@@ -1,0 +1,349 @@
+"""The benchmark's CUDA branch without a GPU: on a simulated one, and in a process that lacks what it does not need."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import bench.__main__ as command
+import snapgen_kernels
+from bench import cases, goals, limits, machine, tables, timing
+from bench.providers.compiled import Compiled, release
+from bench.providers.eager import drawn
+from bench.results import Row, read
+from bench.timing import Clock, interleaved, kept_bytes
+from snapgen_kernels import _backend, checks, costs
+from snapgen_kernels.testing import small_cases
+
+SMALL = ("--small", "--suite", "group_norm_silu", "--case", "one-pixel", "--seconds", "0.02")
+COPY, GEMM = 4e12, {torch.float32: 50e12, torch.bfloat16: 800e12}
+
+
+class SimulatedGpu(TorchFunctionMode):
+    """A queue of work with a clock of its own, in seconds. Tensors made on it have no memory, those brought to it stay
+    on the CPU; copies, fills and products take as long as their bytes and FLOPs, and 4 us of the processor each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.free = 0.0
+        self.fills = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {**(kwargs or {})}
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "meta"
+        if func is Tensor.to:
+            args = tuple("cpu" if isinstance(value, (str, torch.device)) else value for value in args)
+        result = func(*args, **kwargs)
+        if func in (Tensor.zero_, Tensor.copy_) and result.device.type == "meta":
+            self.fills += func is Tensor.zero_
+            self.launch(result.nbytes * (1 if func is Tensor.zero_ else 2) / COPY)
+        elif func is torch.mm:
+            self.launch(2 * len(result) ** 3 / GEMM[result.dtype])
+        return result
+
+    def launch(self, seconds: float, processor: float = 4e-6) -> None:
+        """One kernel, once the processor has queued it."""
+        self.now += processor
+        self.free = max(self.free, self.now) + seconds
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.free)
+
+    def event(self, enable_timing: bool) -> "Event":
+        assert enable_timing
+        return Event(self)
+
+
+class Event:
+    def __init__(self, gpu: SimulatedGpu) -> None:
+        self.gpu = gpu
+        self.reached = 0.0
+
+    def record(self) -> None:
+        self.reached = max(self.gpu.free, self.gpu.now)
+
+    def query(self) -> bool:
+        return self.reached <= self.gpu.now
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert end.query(), "read before the device was there"
+        return 1e3 * (end.reached - self.reached)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
+    simulated = SimulatedGpu()
+    monkeypatch.setattr(torch.cuda, "Event", simulated.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", simulated.synchronize)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Simulated GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1700)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with simulated:
+        yield simulated
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Exit code and printed text of the benchmark, in this process."""
+    text = StringIO()
+    code = command.main(arguments, Console(file=text, width=160, highlight=False))
+    return code, text.getvalue()
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processor", [1e-6, 40e-6, 400e-6], ids=lambda s: f"{1e6 * s:g}us")
+def test_events_time_the_device_alone(processor: float, gpu: SimulatedGpu) -> None:
+    """Five kernels of 3 us and then two of 50 us, however long each takes the processor to queue; no flush counts."""
+    clock = Clock("cuda")
+
+    def forward() -> None:
+        for _ in range(5):
+            gpu.launch(3e-6, processor)
+
+    def backward() -> None:
+        for _ in range(2):
+            gpu.launch(50e-6, processor)
+
+    for _ in range(3):
+        assert clock([forward, backward]) == pytest.approx([15e-3, 100e-3])
+    found = interleaved({"a": [forward, backward], "b": [forward]}, clock, 1e-3)
+    assert all(times == pytest.approx([15e-3, 100e-3]) for times in found["a"])
+
+
+def test_every_part_starts_with_cold_caches(gpu: SimulatedGpu) -> None:
+    fills: list[int] = []
+    clock = Clock("cuda")
+    clock([lambda: fills.append(gpu.fills), lambda: fills.append(gpu.fills)])
+    assert fills == [1, 2]
+
+
+def test_a_part_that_the_processor_cannot_keep_up_with_is_timed_all_the_same(gpu: SimulatedGpu) -> None:
+    """One that waits for the device inside is never queued ahead: the tries end."""
+    tries = []
+
+    def waits() -> None:
+        gpu.launch(1e-3)
+        gpu.synchronize()
+        tries.append(gpu.now)
+
+    clock = Clock("cuda")
+    assert clock([waits])[0] >= 1.0
+    assert len(tries) == 1 + timing._MOST_FLUSHES.bit_length() - 1
+    tries.clear()
+    clock([waits])
+    assert len(tries) == 1, "the next time it is known"
+
+
+def test_parts_are_forgotten_with_their_case(gpu: SimulatedGpu) -> None:
+    clock = Clock("cuda")
+    clock([lambda: gpu.launch(1e-6)])
+    assert not clock._flushes
+
+
+def test_limits_of_a_gpu_are_those_of_the_device(gpu: SimulatedGpu) -> None:
+    found = limits.measure("cuda", ("bf16",), 0.05)
+    assert found.gemm == pytest.approx({"fp32": 50e12, "bf16": 800e12})
+    assert found.copy == ((1 << 32, pytest.approx(COPY)),)
+    rates = found.of_kernels(torch.bfloat16)
+    assert (rates.copy, rates.products, rates.vector) == pytest.approx((COPY, 800e12, 50e12))
+    assert rates.special == costs.H200.special and rates.l2 > rates.copy
+
+
+def test_what_the_forward_leaves_is_what_is_there_before_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [100]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
+    assert kept_bytes([lambda: held.__setitem__(0, 175), lambda: held.__setitem__(0, 90)]) == 75
+
+
+def test_poisoned_memory_does_not_refuse_what_cublas_does() -> None:
+    """Deterministic algorithms that are only asked for, and no longer than wanted."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with checks.poisoned_memory():
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+            assert torch.empty(3).isnan().all()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- a whole run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_run_on_a_simulated_gpu(gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "measure", lambda device, dtypes, seconds: limits.assumed(device))
+    monkeypatch.setattr(Event, "elapsed_time", lambda start, end: 1.0)  # what is computed is computed by the CPU
+    out, picture = tmp_path / "rows.csv", tmp_path / "run.png"
+    files = ("--out", str(out), "--plot", str(picture))
+    code, text = run("--device", "cuda", *SMALL, "--providers", "fused,eager,eager-nchw", *files)
+    assert code == 0, text
+    assert picture.stat().st_size > 1000
+    rows = read(out)
+    missing = [_backend.missing_kernel("group_norm_silu", device) for device in ("cpu", "cuda")]
+    fused = {"fused"} if missing == [None, None] else set()
+    expected = {(m, p) for m in ("fwd", "bwd", "fwd+bwd") for p in {"eager", "eager-nchw"} | fused}
+    assert {(r.mode, r.provider) for r in rows} == expected
+    assert {(r.dtype, r.device, r.variant) for r in rows} == {("bf16", "Simulated GPU", "sm_90")}
+    assert all(r.on_gpu for r in rows)
+    assert {(r.mode, r.peak_bytes) for r in rows} == {("fwd", 700), ("bwd", 0), ("fwd+bwd", 700)}
+    assert "group_norm_silu one-pixel bf16" in text and "GPU kernels by arithmetic" in text
+    assert not torch.backends.cudnn.allow_tf32, "fp32 is the same for all"
+
+
+def test_configs_are_tuned_before_anything_is_timed(
+    gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, Any]] = []
+
+    def measure(device: str, *_: object) -> limits.Limits:
+        calls.append(("measure", device))
+        return limits.assumed(device)
+
+    monkeypatch.setattr(limits, "measure", measure)
+    monkeypatch.setattr(snapgen_kernels, "warmup", lambda shapes, **how: calls.append((shapes, how)))
+    monkeypatch.setattr(Event, "elapsed_time", lambda start, end: 1.0)
+    code, text = run(
+        "--device", "cuda", *SMALL, "--dtype", "bf16,fp32", "--mode", "fwd", "--providers", "eager", "--tune"
+    )
+    assert code == 0, text
+    shapes = {"group_norm_silu": [next(c for c in small_cases("group_norm_silu") if c.name == "one-pixel").dims]}
+    how = dict(device="cuda", backward=False, tune=True)
+    assert calls == [
+        (shapes, {**how, "dtypes": (torch.bfloat16,)}),
+        (shapes, {**how, "dtypes": (torch.float32,)}),
+        ("measure", "cuda"),
+    ]
+    code, text = run(*SMALL, "--tune")
+    assert code == 2 and "--tune: only the kernels of --device cuda" in text
+
+
+def test_providers_of_a_gpu_share_their_inputs(gpu: SimulatedGpu) -> None:
+    case = small_cases("resblock")[0]
+    first, second, trained = (drawn(case, "cuda", train) for train in (False, False, True))
+    assert first["x"].data_ptr() == second["x"].data_ptr() == trained["x"].data_ptr()
+    assert trained["x"].is_leaf and trained["x"].requires_grad and trained["pw1_weight"].requires_grad
+    assert not first["x"].requires_grad and not first["x"].is_inference()
+    assert drawn(case, "cpu", False)["x"].data_ptr() != drawn(case, "cpu", False)["x"].data_ptr()
+
+
+def test_two_compilers_side_by_side_compile_once_each() -> None:
+    from torch._dynamo.utils import counters
+
+    case = small_cases("group_norm_silu")[0]
+    release()
+    counters.clear()
+    both = [Compiled("compile", "default"), Compiled("compile-max", "max-autotune-no-cudagraphs")]
+    prepared = [provider.prepare(case, "cpu", False) for provider in both]
+    for one in (*prepared, *prepared):
+        one.call()
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+# ---- what is run, and what it is held to -----------------------------------------------------------------------------
+
+
+def test_the_suite_of_the_residual_block_is_what_has_goals() -> None:
+    code, text = run("--device", "cuda", "--suite", "resblock", "--dry-run")
+    assert code == 0
+    ops, subset = cases.named(("resblock",), "cuda")
+    chosen = cases.select("cuda", ops, ("bf16",), quick=False, small=False, subset=subset)
+    names = {op: [case.name for case in chosen if case.op == op] for op in ops}
+    assert names["group_norm_silu"] == ["256ch-128", "256ch-128-b16"]
+    assert set(names["resblock"]) == {f"{n}{b}" for n in ("256ch-128", "512ch-64", "896ch-32") for b in ("", "-b8")}
+    assert {"256ch-128-b8", "down-256-b8", "up-512-b8"} <= set(names["sepconv"])
+    for goal in goals.GPU_GOALS:
+        assert goal.case in names[goal.op]
+    for case in chosen:
+        assert f"{case.op} {case.name} bf16" in text, "every case has its table of kernels"
+        sums = costs.total(costs.kernels(case.op, case.dims, 2, "fwd", rates=costs.H200), costs.H200)
+        assert f"{1e6 * sums:.1f}" in text
+    assert cases.named(("resblock",), "cpu") == (("resblock",), None), "on a CPU it is the op"
+    assert cases.named(("sepconv", "resblock"), "cuda") == (("sepconv", "resblock"), None)
+
+
+def measured(provider: str, ms: float, peak: int = -1, **changes: Any) -> Row:
+    values: dict[str, Any] = dict(
+        op="resblock", case="256ch-128-b8", dtype="bf16", mode="fwd", provider=provider, p20_ms=ms, p50_ms=ms,
+        p80_ms=ms, repeats=5, flops=10**9, bytes=10**8, floor_ms=0.05, gemm_gflops=8e5, copy_gbs=4000.0,
+        peak_bytes=peak, checked="same shape", provider_version="1", date="2026-01-01T00:00:00+00:00", commit="abc",
+        device="a GPU", variant="sm_90", threads=16, malloc="stock", load=0.1, python="3.12", torch="2.11.0",
+        triton="3.6.0", snapgen="source",
+    )  # fmt: skip
+    return Row(**{**values, **changes})
+
+
+def test_a_gpu_is_held_to_the_goals_of_gpus() -> None:
+    norm = dict(op="group_norm_silu", case="256ch-128-b16")
+    rows = [
+        measured("fused", 0.1), measured("compile-max", 0.16), measured("eager", 0.5),
+        measured("fused", 0.2, 30, mode="bwd"), measured("eager", 0.5, 120, mode="bwd"),
+        measured("fused", 0.03, **norm), measured("eager", 0.06, **norm), measured("compile-max", 0.06, **norm),
+    ]  # fmt: skip
+    text = goals.table(rows)
+    for line in (
+        "| bf16 | 1.70x the best peer | 1.60x the best of compile-max, eager | missed |",
+        "| bf16 | 70% of what copies and products allow | 50% of what copies and products allow | missed |",
+        "| bf16 | at most 0.50x eager's memory between forward and backward | **0.25x eager's",
+        "| bf16 | 1.30x torch.compile max-autotune | **2.00x torch.compile max-autotune** | reached |",
+        "| bf16 | 85% of the copy bandwidth | 83% of the copy bandwidth | missed |",
+    ):
+        assert line in text, line
+    assert "malloc" not in text and "decoder" not in text
+    assert goals.gpu_table(rows) == text
+    cpu = dict(variant="avx2", malloc="tuned", case="256ch-128")
+    on_cpu = [measured("fused", 0.1, **cpu), measured("eager", 0.2, **cpu)]
+    assert "of the matrix product's rate" in goals.table(on_cpu)
+    alone = goals.gpu_table(on_cpu)
+    assert alone.count("not measured") == len(goals.GPU_GOALS) and "a GPU" not in alone
+
+
+def test_goals_of_gpus_stand_between_their_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"{tables.GPU_GOALS_BEGIN}\n{tables.GPU_GOALS_END}\n{tables.GOALS_BEGIN}\n{tables.GOALS_END}\n")
+    assert tables.main((str(page), "--results", str(tmp_path))) == 0
+    assert goals.gpu_table([]) in page.read_text()
+
+
+# ---- a machine that has PyTorch, Triton and tyro, and little else ----------------------------------------------------
+
+_LACKING = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("accelerate", "coremltools", "diffusers", "nvtx", "tensorboard", "transformers"):
+            raise ImportError(f"{name} is not there")
+
+sys.meta_path.insert(0, Absent())
+from bench import limits
+from bench.__main__ import main
+
+limits.measure = lambda device, *_: limits.assumed(device)
+assert main(["--device", "cuda", "--suite", "resblock", "--dry-run"]) == 0
+small = ["--suite", "resblock", "--small", "--case", "same", "--providers", "fused,eager,eager-nchw"]
+assert main([*small, "--seconds", "0.05", "--out", sys.argv[1]]) == 0
+"""
+
+
+def test_ops_are_timed_without_the_packages_of_the_models(tmp_path: Path) -> None:
+    out = tmp_path / "rows.csv"
+    done = subprocess.run(
+        [sys.executable, "-c", _LACKING, str(out)], cwd=machine.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {row.provider for row in read(out)} >= {"eager", "eager-nchw"}
