@@ -186,7 +186,7 @@ def merge_moments_kernel(
         i_in = i_base + b_k.to(tl.int64)[:, None] * C + b_c[None, :]
         b_n = tl.minimum(tl.maximum(P - b_k * chunk, 0), chunk).to(tl.float32)[:, None]
         b_sum += tl.where(m, (tl.load(p_part + i_in, mask=m, other=0.0) - first) * b_n, 0.0)
-    n = P.to(tl.float32) * CG
+    n = P * 1.0 * CG  # Triton makes an argument of 1 a constant, which has no .to()
     off = tl.sum(tl.sum(b_sum, 1), 0) / n
     b_sum = tl.zeros([BLOCK, BLOCK_CG], dtype=tl.float32)
     for i_start in range(0, chunks, BLOCK):
@@ -335,7 +335,7 @@ def merge_sums_kernel(
         b_dzx += tl.load(p_part_dzx + i_in, mask=m, other=0.0)
     b_dz_c, b_dzx_c = tl.sum(b_dz, 0), tl.sum(b_dzx, 0)
     b_weight = tl.load(p_weight + b_c, mask=m_c, other=0.0).to(tl.float32)
-    n = P.to(tl.float32) * CG
+    n = P * 1.0 * CG  # Triton makes an argument of 1 a constant, which has no .to()
     tl.store(p_dz + i_b.to(tl.int64) * C + b_c, b_dz_c, mask=m_c)
     tl.store(p_dzx + i_b.to(tl.int64) * C + b_c, b_dzx_c, mask=m_c)
     tl.store(p_mean_g + i_program, tl.sum(b_dz_c * b_weight, 0) / n)
@@ -767,7 +767,14 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
             found += _tile_builds(dtype, tile, ("P", "s_b", "s_p"), fast, s_c=1, EVEN=even, LONG=False)
         for tile in (*CONTIGUOUS, *SMALL):
             found += _tile_builds(dtype, tile, ("P", "s_b", "s_c"), fast, s_p=1, EVEN=even, LONG=False)
-    return found + _tile_builds(dtype, CONTIGUOUS[0], ("P", "s_b", "s_c"), fast, s_p=1, EVEN=False, LONG=True)
+    found += _tile_builds(dtype, CONTIGUOUS[0], ("P", "s_b", "s_c"), fast, s_p=1, EVEN=False, LONG=True)
+    # One pixel: Triton makes arguments of 1 constants.
+    single = [*found[1:3], *_tile_builds(dtype, SMALL[0], (), fast, EVEN=False, LONG=False)]
+    ones = ("P", "G", "chunk", "chunks", "tiles", "s_b", "s_c", "s_p")
+    return found + [
+        build._replace(constants={**build.constants, **{name: 1 for name in ones if name in build.kernel.arg_names}})
+        for build in single
+    ]
 
 
 def _tile_builds(dtype: torch.dtype, tile: Tile, sizes: tuple[str, ...], fast: bool, **constants: Any) -> list[Build]:
