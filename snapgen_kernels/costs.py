@@ -16,13 +16,14 @@ fused       P C e + C O e + Q O e, + Q O e (residual)  2 Q C O + 18 n Q C + 6  s
 ==========  =========================================  ======================  =====================================
 
 E is how often a normalised input is evaluated, s what one SiLU takes: one tanh for 2-byte elements, else an exponential
-and a reciprocal. ``depthwise`` scans rows, each thread two neighbouring columns: E = Q C (2 + 2) / 2 (16 + 2) / 16.
-``fused`` feeds the product from nine taps: E = 9 n Q C, n blocks of 256 outputs. Without a norm E is 0. A product whose
-output is normalised next also writes its partial statistics, 8 O bytes per tile; a shortcut adds its own product.
+and a reciprocal. ``depthwise`` scans 16 rows of four columns: E = Q C (16 + 2) / 16 (4 + 2) / 4; with stride 2 or
+nearest 2x it takes nine taps: E = 9 Q C. ``fused`` feeds the product from nine taps: E = 9 n Q C, n blocks of 256
+outputs. Without a norm E is 0. A product whose output is normalised next also writes its partial statistics, 8 O bytes
+per tile; a shortcut adds its own product.
 
-Backward: ``product`` of dy (Q O e + Q C e), ``depthwise`` once more, ``weight gradient`` (Q O e + Q C e, and fp32
-partials that ``sum of partials`` adds up), ``depthwise backward`` (Q C e + 2 P C e), ``norm gradient`` (3 P C e, + P C
-e where something is added).
+Backward: ``depthwise`` once more, ``weight gradient`` (Q O e + Q C e, and fp32 partials that ``sum of partials`` adds
+up), ``product of dy`` (Q O e + C O e + Q C e), ``depthwise backward`` (Q C e + 2 P C e, E = P C), ``norm gradient``
+(3 P C e, + P C e where something is added).
 
 A norm alone reads x twice, for its statistics and to apply them; its backward reads x and dy twice.
 
@@ -41,7 +42,7 @@ OPS = ("group_norm_silu", "sepconv", "resblock")
 FORMS = ("split", "blocked", "fused")
 
 _TILE = 128  # pixels whose partial statistics a program writes
-_COLUMNS, _ROWS = 2, 16  # that a thread of `depthwise` scans
+_HALO = (16 + 2) / 16 * (4 + 2) / 4  # inputs over outputs of what a thread of `depthwise` scans
 _OUTPUTS = 256  # channels out that a program of `fused` computes
 _EVALUATION = 6  # FLOPs of norm and SiLU besides the special functions
 _PROCESSORS = 132  # over which a weight gradient is split
@@ -68,7 +69,7 @@ class Rates(NamedTuple):
 
 
 # Assumed: rates of 132 processors at 1.98 GHz, 16 special-function results each and clock.
-H200 = Rates(4.3e12, 6e12, 790e12, 50e12, 132 * 16 * 1.98e9, 24_000_000, 2e-6)
+H200 = Rates(4.3e12, 6e12, 790e12, 50e12, 132 * 16 * 1.98e9, 24 << 20, 2e-6)
 
 
 class Kernel(NamedTuple):
@@ -138,15 +139,10 @@ class Half(NamedTuple):
         return self.pixels_out * self.channels * self.itemsize
 
     def evaluations(self) -> int:
-        """How often the row scan evaluates a normalised input."""
-        if not self.norm:
-            return 0
-        return int(self.pixels_out * self.channels * self._overlap(_COLUMNS) * self._overlap(_ROWS))
-
-    def _overlap(self, outputs: int) -> float:
-        """Inputs over outputs along one axis of a tile, the halo included."""
-        inputs = outputs // 2 + 2 if self.upsample else self.stride * (outputs - 1) + 3
-        return inputs / outputs
+        """How often ``depthwise`` evaluates a normalised input."""
+        outputs = self.pixels_out * self.channels
+        scans = self.stride == 1 and not self.upsample
+        return int(outputs * (_HALO if scans else 9)) if self.norm else 0
 
 
 def samples_in_cache(batch: int, moved: int, rates: Rates = H200) -> int:
@@ -174,25 +170,31 @@ def forward(half: Half, form: str = "split", rates: Rates = H200) -> list[Kernel
     return found
 
 
-def backward(half: Half, adds: bool = False) -> list[Kernel]:
-    """The kernels of one half block's gradients; ``adds``: dx has something added to it."""
+def backward(half: Half, form: str = "split", adds: bool = False, rates: Rates = H200) -> list[Kernel]:
+    """The kernels of one half block's gradients; ``adds``: dx has something added to it. Blocks go from dy to what
+    ``depthwise backward`` gives."""
     size, pixels = half.itemsize, half.pixels_out
-    wide, narrow, inputs = pixels * half.outputs, pixels * half.channels, half.pixels_in * half.channels
-    taps = 18 * narrow
+    wide, inputs = pixels * half.outputs, half.pixels_in * half.channels
+    stays, launches = _blocks(half.batch, half.scratch, form, rates)
+    written, cached = (0, half.scratch) if stays else (half.scratch, 0)
+    moved = (wide + half.channels * half.outputs) * size + written
+    evaluations = inputs if half.norm else 0
     found = [
-        _multiply("product of dy", half, wide + narrow + half.channels * half.outputs, half.channels),
         _depthwise(half, False),
         *_weight_gradient("weight gradient", half, half.channels),
+        _with_product(Kernel("product of dy", moved, cached=cached, launches=launches), half, half.channels),
         Kernel(
             "depthwise backward",
-            (narrow + 2 * inputs) * size,
-            vector=2 * taps + _EVALUATION * half.evaluations(),
-            special=_silu(size) * half.evaluations(),
+            written + 2 * inputs * size,
+            cached=cached,
+            vector=36 * pixels * half.channels + _EVALUATION * evaluations,
+            special=_silu(size) * evaluations,
+            launches=launches,
         ),
     ]
     if half.shortcut:
-        moved = wide + pixels * half.shortcut + half.shortcut * half.outputs
-        found.append(_multiply("shortcut of dy", half, moved, half.shortcut))
+        moved = (wide + pixels * half.shortcut + half.shortcut * half.outputs) * size
+        found.append(_with_product(Kernel("shortcut of dy", moved), half, half.shortcut))
         found += _weight_gradient("shortcut weight gradient", half, half.shortcut)
     if half.norm:
         moved = (4 if adds else 3) * inputs * size
@@ -204,8 +206,7 @@ def kernels(
     op: str, dims: Mapping[str, int], itemsize: int, mode: str, form: str = "split", rates: Rates = H200
 ) -> list[Kernel]:
     """Every kernel of a call of one of ``OPS``, in order. ``dims`` has the names of ``snapgen_kernels.testing``;
-    ``mode`` is ``fwd`` or ``bwd``, and ``form`` one of ``FORMS``. A convolution's backward has one form; a norm alone
-    is never fused with anything."""
+    ``mode`` is ``fwd`` or ``bwd``, and ``form`` one of ``FORMS``; backwards and norms alone are never fused."""
     if op == "group_norm_silu":
         return _norm(dims, itemsize, mode, form, rates)
     halves = _halves(op, dims, itemsize)
@@ -213,7 +214,7 @@ def kernels(
         parts = [forward(half, form, rates) for half in halves]
     else:
         # The block's input also reaches its output past both halves.
-        parts = [backward(half, adds=len(halves) == 2 and half is halves[0]) for half in halves]
+        parts = [backward(half, form, len(halves) == 2 and half is halves[0], rates) for half in halves]
     numbered = [
         [kernel._replace(name=f"{number}: {kernel.name}") for kernel in part] if len(halves) > 1 else part
         for number, part in enumerate(parts, 1)
@@ -326,10 +327,6 @@ def _epilogue(half: Half) -> int:
     shortcut = half.shortcut * (half.pixels_out + half.outputs) * half.itemsize
     emitted = _partials(half.pixels_out, half.outputs) if half.emits else 0
     return wide * (2 if half.residual else 1) + shortcut + emitted
-
-
-def _multiply(name: str, half: Half, elements: int, channels: int) -> Kernel:
-    return _with_product(Kernel(name, elements * half.itemsize), half, channels)
 
 
 def _with_product(kernel: Kernel, half: Half, channels: int) -> Kernel:

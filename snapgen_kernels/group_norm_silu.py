@@ -50,7 +50,9 @@ def reference(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: flo
     # torch.group_norm is F.group_norm without its refusal of a single value per group.
     z = torch.group_norm((x.contiguous() if frozen else x).to(wide), num_groups, weight.to(wide), bias.to(wide), eps)
     y = F.silu(z).to(x.dtype)
-    return y.contiguous(memory_format=torch.channels_last) if frozen else y
+    # vmap knows no memory formats.
+    restored = frozen and not torch._C._are_functorch_transforms_active()
+    return y.contiguous(memory_format=torch.channels_last) if restored else y
 
 
 def statistics(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:

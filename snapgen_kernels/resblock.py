@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from snapgen_kernels import _backend
 from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
@@ -312,6 +313,9 @@ class SepResBlock(nn.Module):
         mid_channels: M; None: 2 * max(in_channels, out_channels).
         temb_channels: width of the time embedding.
         num_groups: divides in_channels and mid_channels.
+        recompute: where a gradient is asked for, keep the input and the shift alone and compute the block a second time
+            in the backward. Less memory for a third more work; gradients are the same to the bit. An attribute of the
+            same name: it may be changed at any time, and is no part of the state dict.
     """
 
     def __init__(
@@ -323,8 +327,10 @@ class SepResBlock(nn.Module):
         temb_channels: int,
         num_groups: int = 32,
         eps: float = 1e-5,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         middle = 2 * max(in_channels, out_channels) if mid_channels is None else mid_channels
         self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=eps)
         self.conv1 = SepConv2d(in_channels, middle)
@@ -336,6 +342,13 @@ class SepResBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """x [B, C, H, W], temb [B, temb_channels] (SiLU is applied here) -> [B, O, H, W]."""
         shift = self.time_emb_proj(F.silu(temb))
+        # torch.func keeps intermediates its own way and refuses the hooks that recomputing needs.
+        if self.recompute and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            # Nothing here is random.
+            return checkpoint(self._block, x, shift, use_reentrant=False, preserve_rng_state=False)
+        return self._block(x, shift)
+
+    def _block(self, x: Tensor, shift: Tensor) -> Tensor:
         shortcut = self.conv_shortcut
         return resblock(
             x,

@@ -56,9 +56,9 @@ def fast(dtype: torch.dtype) -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of a product that stands for a convolution: fp32 runs in tf32 where PyTorch's own would, which
-    is its default on NVIDIA (``torch.backends.cudnn.conv.fp32_precision``)."""
-    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.version.hip is None
+    """``input_precision`` of a product that stands for a convolution: fp32 runs in tf32 where PyTorch's own would, as
+    is the default on NVIDIA (``torch.backends.cudnn.conv.fp32_precision``)."""
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.version.hip is None  # type: ignore[attr-defined]
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
@@ -125,6 +125,7 @@ class Build(NamedTuple):
         divisible: integer arguments that are multiples of 16 in the model's shapes.
         products: whether tensor-core instructions must be there.
         since: the compute capability, times 10, from which on it is launched.
+        vector: bytes of an image that a thread loads at once.
     """
 
     kernel: Any
@@ -134,6 +135,7 @@ class Build(NamedTuple):
     divisible: tuple[str, ...] = ()
     products: bool = False
     since: int = 80
+    vector: int = 16
 
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -148,6 +150,7 @@ def build(
     *,
     products: bool = False,
     since: int = 80,
+    vector: int = 16,
     **constants: Any,
 ) -> Build:
     """The build of a kernel for a config: fields that are no launch options are its constants, in capitals."""

@@ -406,9 +406,11 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     quick = dtype == torch.bfloat16 and nvidia
     found: list[Build] = []
     for norm in (True, False):
-        flags = {"HAS_NORM": norm, "HAS_BIAS": not norm, "FAST": norm and quick}
+        flags: dict[str, Any] = {"HAS_NORM": norm, "HAS_BIAS": not norm, "FAST": norm and quick}
         for scan in depthwise_configs(dtype):
-            found.append(common.build(depthwise_kernel, dtype, images, scan, ("C",), **flags, EVEN=norm))
+            vector = scan.block_w * scan.block_c // (32 * scan.num_warps) * dtype.itemsize
+            even = {**flags, "EVEN": norm}
+            found.append(common.build(depthwise_kernel, dtype, images, scan, ("C",), vector=vector, **even))
         for direct in direct_configs(dtype):
             for stride in (1, 2):
                 shape: dict[str, Any] = {**flags, "STRIDE": stride, "UPSAMPLE": stride == 1}

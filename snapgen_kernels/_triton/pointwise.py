@@ -236,7 +236,8 @@ PRODUCT_CONFIGS = (
     ProductConfig(64, 64, 64, 4, 4),
 )
 # fp32 products in full precision run on the ordinary units, whose accumulators take more registers.
-PRODUCT_CONFIGS_FP32 = (ProductConfig(64, 64, 32, 4, 2), ProductConfig(32, 64, 32, 4, 2))
+PRODUCT_CONFIGS_FP32 = (ProductConfig(64, 64, 16, 4, 2), ProductConfig(32, 64, 16, 4, 2))
+PRODUCT_CONFIGS_TF32 = (ProductConfig(128, 128, 32, 8, 3), ProductConfig(64, 64, 32, 4, 3))
 # AMD has 64 KiB of shared memory.
 PRODUCT_CONFIGS_HIP = (ProductConfig(128, 128, 64, 8, 2), ProductConfig(64, 64, 64, 4, 2))
 
@@ -247,10 +248,12 @@ def since(config: ProductConfig) -> int:
     return 90 if config.block_n > 128 else 80
 
 
-def product_configs(dtype: torch.dtype, nvidia: bool, capability: int, shortcut: bool) -> tuple[ProductConfig, ...]:
+def product_configs(
+    dtype: torch.dtype, precision: str, nvidia: bool, capability: int, shortcut: bool
+) -> tuple[ProductConfig, ...]:
     """The product's candidates, widest first."""
     if dtype == torch.float32:
-        return PRODUCT_CONFIGS_FP32
+        return PRODUCT_CONFIGS_TF32 if precision == "tf32" else PRODUCT_CONFIGS_FP32
     if not nvidia:
         return PRODUCT_CONFIGS_HIP
     # The addresses of a second product, too, take the registers that the widest accumulators leave.
@@ -295,11 +298,11 @@ def product_config(
 ) -> ProductConfig:
     """The config for products of ``d``'s samples at a time."""
     batch, inputs, height, width = d.shape
-    outputs, configs = (
-        y.shape[1],
-        product_configs(d.dtype, torch.version.hip is None, common.capability(d), ending.shortcut is not None),
+    outputs, precision = y.shape[1], common.precision(d.dtype)
+    configs = product_configs(
+        d.dtype, precision, torch.version.hip is None, common.capability(d), ending.shortcut is not None
     )
-    key = (str(d.dtype), batch, height * width, inputs, outputs, transposed, statistics, ending.inputs())
+    key = (str(d.dtype), precision, batch, height * width, inputs, outputs, transposed, statistics, ending.inputs())
 
     def launch(config: ProductConfig) -> None:
         launch_product(
@@ -350,8 +353,8 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The kernel in every config that the launchers may choose: the block's two halves, its shortcut, a backward."""
     found: list[Build] = []
     for ending in ENDINGS:
-        for config in product_configs(dtype, nvidia, 90, ending["HAS_SHORTCUT"]):
-            for precision in precisions(dtype, nvidia):
+        for precision in precisions(dtype, nvidia):
+            for config in product_configs(dtype, precision, nvidia, 90, ending["HAS_SHORTCUT"]):
                 flags: dict[str, Any] = {**ending, "EVEN_K": True, "TRANSPOSED": not any(ending.values())}
                 listed = common.build(
                     pointwise_kernel,

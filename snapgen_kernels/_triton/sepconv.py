@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from snapgen_kernels import costs
 from snapgen_kernels._triton import common, tuning
 from snapgen_kernels._triton.common import Build, new_channels_last
 from snapgen_kernels._triton.depthwise import (
@@ -145,7 +146,7 @@ FUSED_CONFIGS = (
 FUSED_CONFIGS_FP32 = (ProductConfig(32, 64, 32, 8, 1),)
 
 # The depthwise image of so many bytes stays in the L2 cache between its writing and its reading (an H200 has 60 MB).
-SCRATCH_BYTES = 24 << 20
+SCRATCH_BYTES = costs.H200.cache
 
 
 def fused_configs(dtype: torch.dtype, capability: int) -> tuple[ProductConfig, ...]:
@@ -224,12 +225,17 @@ def _fused(half: Half, y: Tensor) -> Moments | None:
 
 
 def plans(half: Half) -> tuple[tuple[Plan, ...], Plan]:
-    """The plans that a half may follow, and the rule's choice: fused where no tap has a norm to compute anew."""
-    batch, channels = half.x.shape[:2]
-    _, _, height, width = half.output()
-    samples = samples_at_once(batch, channels * height * width * half.x.element_size())
-    found = tuple(dict.fromkeys((Plan(False, samples), Plan(False, batch), Plan(True, batch))))
-    return found, found[0] if half.norm is not None else found[-1]
+    """The plans that a half may follow, and the one that arithmetic predicts to be fastest."""
+    batch, channels, height, width = half.x.shape
+    size = half.x.element_size()
+    _, outputs, *out = half.output()
+    predicted = costs.choose_plan(
+        batch, channels, outputs, height, width, size, norm=half.norm is not None, stride=half.stride,
+        upsample=half.upsample, residual=half.ending.residual is not None, shortcut=half.ending.inputs(),
+    )  # fmt: skip
+    rule = Plan(predicted.form == "fused", predicted.samples)
+    blocked = Plan(False, samples_at_once(batch, channels * out[0] * out[1] * size))
+    return tuple(dict.fromkeys((rule, blocked, Plan(False, batch), Plan(True, batch)))), rule
 
 
 def run(half: Half, y: Tensor) -> Moments | None:

@@ -1,98 +1,194 @@
-"""Every Triton kernel and every config compiles to machine code for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942, without
-a GPU, and no NVIDIA build spills registers. Runs in a process without TRITON_INTERPRET, which this one must not have
-set."""
+"""Every Triton kernel and every config that a launcher may choose compiles to machine code without a GPU, and the
+machine code is what was meant: no spills, no atomics, tensor cores, 16-byte loads, shared memory that the target has.
 
+A file lists its own launches in ``builds(dtype, nvidia)``. An ordinary run compiles all of them for sm_90 in bf16, and
+the largest tile of each kernel for the other targets and dtypes. The rest carries the marker ``complete``, which
+pytest leaves out unless told otherwise (``-m complete``); CI runs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
 import importlib.util
+import math
 import os
+import pkgutil
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from snapgen_kernels._triton.common import Build
+
 MISSING = importlib.util.find_spec("triton") is None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.compile_cubin,
     pytest.mark.skipif(MISSING, reason="triton is not installed"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiling needs TRITON_INTERPRET unset"),
+    pytest.mark.skipif(INTERPRETED, reason="compiling needs TRITON_INTERPRET unset"),
 ]
 
+
+class Target(NamedTuple):
+    """What Triton compiles for, and the most shared memory that a block may have there."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int
+    tensor_core: str
+
+
+# Hopper's and Blackwell's own instructions need tiles of 64 rows and 4 warps; smaller ones take the older HMMA.
 TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, r"\bHMMA\."),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, r"\bHGMMA\."),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, r"\bUTC\w*MMA\b"),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, r"\bv_mfma_"),
 }
-DTYPES = [(target, "bfloat16") for target in TARGETS] + [("sm_90", "float32")]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COMBINATIONS = [*((target, "bf16") for target in TARGETS), ("sm_90", "fp16"), ("sm_90", "fp32")]
+FLOATS = ("eps", "scale")
+# Pointers through which kernels read images; others are parameters, statistics, parts of sums, outputs.
+IMAGES = {"p_x", "p_h", "p_d", "p_dy", "p_dh", "p_dd"}
 
 
-def _builds(target: str, dtype: str) -> list[Any]:
-    from snapgen_kernels._triton import group_norm_silu as kernels
+def _files() -> list[ModuleType]:
+    from snapgen_kernels import _triton
 
-    return kernels.builds(getattr(torch, dtype), target != "gfx942")
+    names = sorted(module.name for module in pkgutil.iter_modules(_triton.__path__))
+    return [importlib.import_module(f"snapgen_kernels._triton.{name}") for name in names]
 
 
-def _compile(build: Any, target: str) -> Any:
-    """One kernel as the launcher would have it compiled: pointers aligned to 16 bytes, the unit stride known."""
+@functools.cache
+def _builds(file: ModuleType, dtype: str, nvidia: bool) -> list[Build]:
+    return list(file.builds(DTYPES[dtype], nvidia)) if hasattr(file, "builds") else []
+
+
+def _name(kernel: Any) -> str:
+    return kernel.fn.__name__
+
+
+def _tile(build: Build) -> int:
+    """Elements in flight: what decides over registers and shared memory."""
+    sizes = [value for name, value in build.constants.items() if name.startswith("BLOCK")]
+    return math.prod(sizes) * build.options.get("num_stages", 1)
+
+
+def _cases() -> Iterator[Any]:
+    for file in _files():
+        for target, dtype in COMBINATIONS:
+            by_kernel: dict[str, list[Build]] = {}
+            arch = TARGETS[target].arch
+            for build in _builds(file, dtype, target != "gfx942"):
+                if isinstance(arch, int) and arch < build.since:
+                    continue
+                by_kernel.setdefault(_name(build.kernel), []).append(build)
+            for kernel, builds in by_kernel.items():
+                largest = max(builds, key=_tile)
+                for index, build in enumerate(builds):
+                    ordinary = (target, dtype) == ("sm_90", "bf16") or build is largest
+                    marks = () if ordinary else pytest.mark.complete
+                    short = file.__name__.rpartition(".")[2]
+                    yield pytest.param(target, build, id=f"{short}-{kernel}-{index}-{target}-{dtype}", marks=marks)
+
+
+CASES = [] if MISSING or INTERPRETED else list(_cases())
+
+
+def compiled(build: Build, target: Target) -> Any:
+    """The build as its launcher would have it compiled: pointers and the named sizes divisible by 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, aligned = {}, {}
-    for index, parameter in enumerate(build.kernel.arg_names):
-        if parameter in build.constants:
-            signature[parameter] = "constexpr"
+    parameters = build.kernel.params
+    names = [parameter.name for parameter in parameters]
+    for listed in (build.constants, build.pointers, build.divisible):
+        assert set(listed) <= set(names), f"{set(listed) - set(names)}: no arguments of {_name(build.kernel)}"
+    open_ends = {p.name for p in parameters if p.is_constexpr} - set(build.constants)
+    assert not open_ends, f"{open_ends}: constants without a value"
+    signature, attributes = {}, {}
+    for index, name in enumerate(names):
+        if name in build.constants:
+            signature[name] = "constexpr"
             continue
-        pointer = parameter.startswith("p_")
-        kind = f"*{build.pointers.get(parameter, 'fp32')}" if pointer else "i32"
-        signature[parameter] = "fp32" if parameter == "eps" else kind
-        if pointer or parameter in build.divisible:
-            aligned[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=build.kernel, signature=signature, constexprs=dict(build.constants), attrs=aligned)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(build.options))
+        pointer = name.startswith("p_")
+        signature[name] = f"*{build.pointers.get(name, 'fp32')}" if pointer else "fp32" if name in FLOATS else "i32"
+        if pointer or name in build.divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=build.kernel, signature=signature, constexprs=dict(build.constants), attrs=attributes)
+    return triton.compile(source, target=GPUTarget(*target[:3]), options=dict(build.options))
 
 
-def _resources(cubin: bytes, folder: Path, disassemble: bool) -> tuple[int, int, str]:
-    """Registers and stack bytes of a cubin (a spill needs stack), and its disassembly if asked for."""
+def _dump(cubin: Path, flag: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, flag, cubin], check=True, capture_output=True, text=True).stdout
+
+
+def _nvidia(binary: bytes, folder: Path) -> str:
+    """The disassembly, once registers are known to suffice."""
     path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-
-    def show(flag: str) -> str:
-        return subprocess.run([tool, flag, path], check=True, capture_output=True, text=True).stdout
-
-    usage, sass = show("--dump-resource-usage"), show("-sass") if disassemble else ""
+    path.write_bytes(binary)
+    usage = _dump(path, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    return int(found[1]), int(found[2]), sass
+    assert int(found[1]) <= 255 and int(found[2]) == 0, f"{found[1]} registers, {found[2]} bytes of stack"
+    code = _dump(path, "-sass")
+    assert not re.search(r"\b(LDL|STL)\b", code), "spills"
+    assert not re.search(r"\b(RED|REDG|ATOM|ATOMG|UTMAREDG)\b", code), "atomics on global memory"
+    return code
 
 
-@pytest.mark.parametrize(("target", "dtype"), DTYPES)
-def test_compiles_without_spills(target: str, dtype: str, tmp_path: Path) -> None:
-    for build in _builds(target, dtype):
-        compiled = _compile(build, target)
-        if target == "gfx942":
-            assert compiled.asm["hsaco"], build
-            continue
-        registers, stack, sass = _resources(compiled.asm["cubin"], tmp_path, target == "sm_90")
-        assert registers <= 255 and stack == 0, f"{build}: {registers} registers, {stack} bytes of stack"
-        assert not re.search(r"\b(LDL|STL)\b", sass), f"{build}: spills"
-        assert not re.search(r"\b(RED|ATOM|ATOMG)\b", sass), f"{build}: atomics"
-        if target == "sm_90" and build.divisible:
-            assert re.search(r"\bLDG\.E\.(EF\.)?128\b", sass), f"{build}: no 16-byte loads"
-            taught = "tanh.approx" in compiled.asm["ptx"]
-            assert taught == bool(build.constants.get("FAST")) == ("MUFU.TANH" in sass), build
+def _amd(code: str) -> str:
+    spilled = re.findall(r"\.[sv]gpr_spill_count: +(\d+)", code)
+    assert spilled and not any(map(int, spilled)), f"spills: {spilled}"
+    assert not re.search(r"\b(global|buffer|flat)_atomic", code), "atomics on global memory"
+    return code
 
 
+@pytest.mark.parametrize(("target", "build"), CASES)
+def test_machine_code(target: str, build: Build, tmp_path: Path) -> None:
+    goal = TARGETS[target]
+    found = compiled(build, goal)
+    assert found.metadata.shared <= goal.shared, f"{found.metadata.shared} bytes of shared memory"
+    nvidia = goal.backend == "cuda"
+    code = _nvidia(found.asm["cubin"], tmp_path) if nvidia else _amd(found.asm["amdgcn"])
+    if build.products:
+        assert re.search(_tensor_core(build, goal), code), "products do not run on tensor cores"
+    if nvidia and build.divisible and IMAGES & set(build.kernel.arg_names) - set(build.constants):
+        bits = 8 * build.vector
+        loads = rf"\b(LDG\.E\.(\w+\.)*{bits}|LDGSTS\.E\.(\w+\.)*{bits}|UTMALDG)\b"
+        assert re.search(loads, code), f"no {build.vector}-byte loads"
+
+
+def _tensor_core(build: Build, goal: Target) -> str:
+    rows = next((build.constants[name] for name in ("BLOCK_M", "BLOCK_O") if name in build.constants), 64)
+    small = rows < 64 or build.options.get("num_warps", 4) < 4
+    return r"\bHMMA\." if small and goal.backend == "cuda" else goal.tensor_core
+
+
+@pytest.mark.skipif(INTERPRETED, reason="jit functions are of another class")
 def test_every_kernel_is_listed() -> None:
+    """A jit function is a kernel if its name says so; the others are device functions."""
     import triton
 
-    from snapgen_kernels._triton import group_norm_silu as kernels
-
-    found = {name for name, value in vars(kernels).items() if isinstance(value, triton.runtime.JITFunction)}
-    listed = {build.kernel.fn.__name__ for build in _builds("sm_90", "bfloat16")}
-    assert {name for name in found if name.endswith("_kernel")} == listed
+    for file in _files():
+        own = {
+            name
+            for name, value in vars(file).items()
+            if isinstance(value, triton.runtime.JITFunction) and value.fn.__module__ == file.__name__
+        }
+        for nvidia in (True, False):
+            for dtype in DTYPES:
+                listed = {_name(build.kernel) for build in _builds(file, dtype, nvidia)}
+                assert listed == {name for name in own if name.endswith("_kernel")}, f"{file.__name__}, {dtype}"

@@ -192,7 +192,10 @@ def test_what_the_kernels_do_not_take(dtype: torch.dtype) -> None:
     case = Case("sepconv", "dtype", {"B": 1, "C": 4, "H": 3, "W": 3, "O": 2, "G": 2}, dtype)
     inputs = case.inputs()
     assert case.spec.public(inputs).dtype == dtype
-    with snapgen_kernels.use("fused"), pytest.raises(snapgen_kernels.FusedUnavailable, match="on cpu; the kernels take torch.float32, torch.bfloat16"):
+    with (
+        snapgen_kernels.use("fused"),
+        pytest.raises(snapgen_kernels.FusedUnavailable, match="on cpu; the kernels take"),
+    ):
         case.spec.public(inputs)
     inputs = Case("sepconv", "dtype", {"B": 1, "C": 4, "H": 3, "W": 3, "O": 2}).inputs()
     with snapgen_kernels.use("fused"), pytest.raises(snapgen_kernels.FusedUnavailable, match="pw_weight"):

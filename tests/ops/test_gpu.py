@@ -1,0 +1,344 @@
+"""The Triton kernels on a GPU: the contract's checks in every dtype and layout, CUDA graphs, streams, indices past
+2^31, every config. Needs torch, triton, pytest and hypothesis alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import snapgen_kernels
+from snapgen_kernels import _backend, checks
+from snapgen_kernels.testing import LAYOUTS, SPECS, Case, Inputs, bench_cases, small_cases
+from tests.ops import configs
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+if torch.cuda.is_available():  # cuBLAS asks for it where determinism is asked for, which filling empty tensors does
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+OPS = [op for op, spec in SPECS.items() if "cuda" in _backend.KERNELS[spec.op.name]]
+# Those whose kernels take channels_last alone.
+LAST_ONLY = [op for op in OPS if op != "group_norm_silu"]
+SMALL = [case for op in OPS for case in small_cases(op)]
+SMALL += [replace(case, dtype=torch.float16) for case in SMALL if case.dtype == torch.float32 and not case.offset]
+
+
+def _first(op: str) -> Case:
+    """A case with everything that the op can take."""
+    return next((case for case in small_cases(op) if case.name in ("all", "shortcut")), small_cases(op)[0])
+
+
+FIRST = [replace(_first(op), dtype=dtype) for op in OPS for dtype in FLOATS]
+PLAIN = [case for case in FIRST if case.dtype == torch.float32]
+# The model's first and last stage.
+MODEL = [case for op in OPS for case in bench_cases(op) if case.name in ("256ch-128", "896ch-32")]
+MODEL = [case for case in MODEL if case.dtype == torch.bfloat16]
+ops = pytest.mark.parametrize("op", OPS)
+
+
+@pytest.fixture(autouse=True)
+def _exact_convolutions() -> Any:
+    """PyTorch's convolutions in fp32, not tf32: they set the bound."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def _fused(inputs: Inputs, case: Case) -> Any:
+    with snapgen_kernels.use("fused"):
+        return case.spec.public(inputs)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_outputs_and_gradients(case: Case) -> None:
+    checks.check_gradients(case, DEVICE, case.spec.registered)
+    checks.check_gradients(case, DEVICE, case.spec.registered, layout="strided")
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL if c.layout == "channels_last"], ids=str)
+def test_the_public_function_runs_the_kernel(case: Case) -> None:
+    checks.check_values(case, DEVICE, lambda inputs: _fused(inputs, case))
+
+
+@pytest.mark.parametrize("case", MODEL, ids=str)
+def test_shapes_of_the_model(case: Case) -> None:
+    checks.check_gradients(case, DEVICE, case.spec.registered)
+
+
+@pytest.mark.parametrize("case", FIRST + MODEL, ids=str)
+def test_repeats_bitwise(case: Case) -> None:
+    checks.check_repeats(case, DEVICE, counts=(1,))
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_an_empty_batch(case: Case) -> None:
+    empty = replace(case, dims={**case.dims, "B": 0})
+    checks.check_gradients(empty, DEVICE, case.spec.registered)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_opcheck(case: Case) -> None:
+    checks.check_opcheck(case, DEVICE)
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_each_gradient_alone(case: Case) -> None:
+    """What is not needed is left out, and the rest is what it is beside the others."""
+    inputs = case.inputs(DEVICE, requires_grad=True)
+    full = checks.run(case, case.spec.registered, inputs)
+    for name in checks.leaves_of(case, inputs):
+        alone = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        alone[name].requires_grad_()
+        outputs = checks.outputs_of(case.spec.registered(alone))
+        (gradient,) = torch.autograd.grad(outputs, [alone[name]], checks.upstream_of(outputs))
+        torch.testing.assert_close(gradient, full[f"gradient of {name}"], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_second_derivatives_go_through_the_reference(case: Case) -> None:
+    inputs = case.inputs(DEVICE, requires_grad=True)
+    leaves = list(checks.leaves_of(case, inputs).values())
+
+    def penalty(function: Callable[[Inputs], Any]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(function(inputs).square().mean(), leaves[0], create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), leaves, allow_unused=True, materialize_grads=True)
+
+    for mine, plain in zip(penalty(case.spec.registered), penalty(case.spec.reference), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item() + 1e-9)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_compiles_as_one_graph(case: Case, backend: str) -> None:
+    checks.check_compile(case, DEVICE, backend)
+
+
+@ops
+def test_tf32_only_where_pytorch_would(op: str) -> None:
+    """Allowed: within the bound of PyTorch's own tf32. Not allowed: the test above, against fp32."""
+    case = next((c for c in bench_cases(op) if c.dtype == torch.float32), None)
+    assert case is not None
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        checks.check_gradients(case, DEVICE, case.spec.registered)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+# ---- memory formats and reasons --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", LAST_ONLY)
+def test_channels_first_is_named(op: str, caplog: pytest.LogCaptureFixture) -> None:
+    case = replace(_first(op), layout="contiguous")
+    inputs = case.inputs(DEVICE)
+    with snapgen_kernels.use("fused"), pytest.raises(snapgen_kernels.FusedUnavailable, match="channels_last"):
+        case.spec.public(inputs)
+    _backend._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="snapgen_kernels"):
+        for _ in range(2):
+            case.spec.public(inputs)
+    assert [record.getMessage().startswith(f"{op} runs in PyTorch") for record in caplog.records].count(True) == 1
+    assert "channels_last" in caplog.text
+    checks.check_values(case, DEVICE)
+
+
+@ops
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_output_keeps_the_memory_format(op: str, layout: str) -> None:
+    case = replace(_first(op), layout=layout)
+    inputs = case.inputs(DEVICE)
+    assert case.spec.registered(inputs).stride() == case.spec.registered(case.inputs("meta")).stride()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_nan_and_inf_reach_their_own_sample_alone(case: Case, value: float) -> None:
+    case = replace(case, dims={**case.dims, "B": 2})
+    inputs = case.inputs(DEVICE)
+    inputs["x"][1, 0, 0, 0] = value
+    y = case.spec.registered(inputs)
+    assert y[0].isfinite().all() and not y[1].isfinite().all()
+
+
+# ---- streams, devices, graphs ----------------------------------------------------------------------------------------
+
+
+def _leaves(case: Case, seed: int) -> list[Tensor]:
+    other = replace(case, seed=seed)
+    return [t.detach() for t in checks.leaves_of(case, other.inputs(DEVICE)).values()]
+
+
+def _both(case: Case, inputs: Inputs) -> list[Tensor]:
+    return list(checks.run(case, case.spec.registered, inputs).values())
+
+
+def _only_forward(case: Case, inputs: Inputs) -> list[Tensor]:
+    with torch.no_grad():
+        return list(checks.outputs_of(case.spec.registered(inputs)))
+
+
+def _on_a_stream_of_its_own(function: Callable[[], Any]) -> Any:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = function()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
+
+
+@pytest.mark.parametrize("call", [_only_forward, _both], ids=["forward", "both"])
+@pytest.mark.parametrize("case", [*FIRST, *MODEL[:1]], ids=str)
+def test_cuda_graphs(case: Case, call: Callable[[Case, Inputs], list[Tensor]]) -> None:
+    """A replay with other numbers in the inputs gives, bitwise, what a call gives on them."""
+    inputs = case.inputs(DEVICE, requires_grad=True)
+    places = list(checks.leaves_of(case, inputs).values())
+    upstream = checks.upstream_of(checks.outputs_of(case.spec.registered(inputs)))
+    static = _with_upstream(case, upstream, call)
+    _on_a_stream_of_its_own(lambda: [static(inputs) for _ in range(3)])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = static(inputs)
+    for seed in (11, 12):
+        with torch.no_grad():
+            for place, value in zip(places, _leaves(case, seed), strict=True):
+                place.copy_(value)
+        graph.replay()
+        replayed = [t.clone() for t in captured]
+        for mine, expected in zip(replayed, static(inputs), strict=True):
+            assert torch.equal(mine, expected)
+
+
+def _with_upstream(
+    case: Case, upstream: list[Tensor], call: Callable[[Case, Inputs], list[Tensor]]
+) -> Callable[[Inputs], list[Tensor]]:
+    """``call`` with gradients that lie on the GPU beforehand: a capture copies nothing from the host."""
+    if call is _only_forward:
+        return lambda inputs: call(case, inputs)
+
+    def both(inputs: Inputs) -> list[Tensor]:
+        outputs = checks.outputs_of(case.spec.registered(inputs))
+        leaves = list(checks.leaves_of(case, inputs).values())
+        return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
+
+    return both
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_kernels_run_on_the_current_stream(case: Case) -> None:
+    """The input is made late, on a stream of its own; a kernel on another stream would read what was there before."""
+    inputs = case.inputs(DEVICE)
+    expected = _only_forward(case, inputs)
+    late = {**inputs, "x": torch.full_like(inputs["x"], float("nan"))}
+
+    def delayed() -> list[Tensor]:
+        torch.cuda._sleep(200_000_000)
+        late["x"].copy_(inputs["x"])
+        return _only_forward(case, late)
+
+    for mine, right in zip(_on_a_stream_of_its_own(delayed), expected, strict=True):
+        assert torch.equal(mine, right)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("case", FIRST, ids=str)
+def test_a_device_that_is_not_the_current_one(case: Case) -> None:
+    assert torch.cuda.current_device() == 0
+    expected = _both(case, case.inputs("cuda:0", requires_grad=True))
+    for mine, right in zip(_both(case, case.inputs("cuda:1", requires_grad=True)), expected, strict=True):
+        assert mine.device.index == 1 and torch.equal(mine.cpu(), right.cpu())
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+# One sample of more than 2^31 elements in x, and how many times its bytes the test takes.
+LARGE = {
+    "group_norm_silu": ({"C": 64, "W": 4096, "G": 8}, 10),
+    "sepconv": ({"C": 64, "W": 4096, "O": 64, "G": 8, "shift": 1, "residual": 1}, 14),
+    "resblock": ({"C": 64, "M": 128, "O": 64, "W": 4096, "G": 8}, 24),
+}
+TILE = 8  # rows
+LIMIT = 2**31
+
+
+def _tiled(case: Case, times: int) -> Inputs:
+    """Inputs whose images are one tile, repeated downwards: group statistics are the tile's own."""
+    inputs = case.inputs(DEVICE, requires_grad=True)
+    for name, value in inputs.items():
+        if (
+            isinstance(value, Tensor)
+            and value.dim() == 4
+            and tuple(value.shape[2:]) == (case.dims["H"], case.dims["W"])
+        ):
+            image = value.detach().permute(0, 2, 3, 1).repeat(1, times, 1, 1).permute(0, 3, 1, 2)
+            inputs[name] = image.requires_grad_(value.requires_grad)
+    return inputs
+
+
+def _image_gradients(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """y, and the gradient of x for a y that is sent back."""
+    y = case.spec.registered(inputs)
+    return y.detach(), torch.autograd.grad(y, inputs["x"], y.detach())[0]
+
+
+def _check_repeated(case: Case, times: int) -> None:
+    """The last tile of many is the last of three, and one in the middle that of three, but for rounding."""
+    many = _image_gradients(case, _tiled(case, times))
+    three = _image_gradients(case, _tiled(case, 3))
+    height = case.dims["H"]
+    for name, large, small in zip(("y", "gradient of x"), many, three, strict=True):
+        allowed = 4 * torch.finfo(large.dtype).eps * small.abs().max().item()
+        middle = times // 2 * height
+        for mine, right in (
+            (large[:, :, -height:], small[:, :, -height:]),
+            (large[:, :, middle : middle + height], small[:, :, height : 2 * height]),
+            (large[:, :, :height], small[:, :, :height]),
+        ):
+            error = (mine.float() - right.float()).abs().max().item()
+            assert error <= allowed, f"{name}: error {error:.3g}; allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op in LARGE])
+def test_indices_past_2_to_the_31(op: str) -> None:
+    dims, factor = LARGE[op]
+    case = Case(op, "large", {"B": 1, "H": TILE, **dims}, torch.bfloat16)
+    times = math.ceil(LIMIT / (dims["C"] * TILE * dims["W"])) + 1
+    wanted = factor * times * dims["C"] * TILE * dims["W"] * 2
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if free < wanted:
+        pytest.skip(f"needs {wanted / 2**30:.0f} GiB of GPU memory; {free / 2**30:.0f} GiB are free")
+    _check_repeated(case, times)
+    torch.cuda.empty_cache()
+
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+
+@ops
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_config(op: str, dtype: torch.dtype) -> None:
+    """Whatever is chosen, numbers are right and a repeat is bitwise equal."""
+    for case in [_first(op), *(c for c in MODEL if c.op == op)]:
+        case = replace(case, dtype=dtype)
+        choices = configs.choices_of(case, DEVICE)
+        assert choices
+        for choice in choices:
+            with configs.forced(choice):
+                checks.check_gradients(case, DEVICE, case.spec.registered)
+                checks.check_repeats(case, DEVICE, counts=(1,))
