@@ -93,6 +93,11 @@ def cache_bytes(tensor: Tensor) -> int:
     return _cache_bytes(tensor.get_device()) if tensor.is_cuda else 60 << 20
 
 
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up; ``triton.cdiv``, outside a kernel, takes microseconds."""
+    return -(-a // b)
+
+
 def pow2(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
