@@ -376,5 +376,8 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                     flags |= {"BIAS": wanted == "all", "FAST": norm and fast}
                     flags |= {"p_dweight": None} if wanted == "input" else {}
                     flags |= {} if norm else {"p_dz": None, "p_dzx": None}
-                    found.append(common.build(depthwise_backward_kernel, dtype, images, config, ("C",), **flags))
+                    vector = config.block_w * config.block_c // (32 * config.num_warps) * dtype.itemsize
+                    found.append(
+                        common.build(depthwise_backward_kernel, dtype, images, config, ("C",), vector=vector, **flags)
+                    )
     return found
