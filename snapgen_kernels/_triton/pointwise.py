@@ -267,7 +267,7 @@ def filling(
 ) -> ProductConfig:
     """The first config with a program for every multiprocessor and no tile half empty; else the last."""
     for config in configs:
-        programs = samples * triton.cdiv(pixels, config.block_m) * triton.cdiv(outputs, config.block_n)
+        programs = samples * common.cdiv(pixels, config.block_m) * common.cdiv(outputs, config.block_n)
         if programs >= processors and config.block_n <= common.pow2(outputs):
             return config
     return configs[-1]
@@ -275,7 +275,7 @@ def filling(
 
 def new_moments(y: Tensor, chunk: int) -> Moments:
     """Uninitialised moments of ``y``."""
-    tiles = triton.cdiv(y.shape[2] * y.shape[3], chunk)
+    tiles = common.cdiv(y.shape[2] * y.shape[3], chunk)
     return Moments(torch.empty((2, y.shape[0], tiles, y.shape[1]), dtype=torch.float32, device=y.device), chunk)
 
 
@@ -285,8 +285,8 @@ def launch_product(
     batch, inputs, height, width = d.shape
     outputs, pixels = y.shape[1], height * width
     block_m, block_n, block_k, warps, stages = config
-    tiles = triton.cdiv(pixels, block_m)
-    pointwise_kernel[(batch * tiles * triton.cdiv(outputs, block_n),)](
+    tiles = common.cdiv(pixels, block_m)
+    pointwise_kernel[(batch * tiles * common.cdiv(outputs, block_n),)](
         d, weight, y, *ending.tensors(y), pixels, inputs, outputs, ending.inputs(), tiles,
         TRANSPOSED=transposed, **ending.flags(), EVEN_K=inputs % block_k == 0 and ending.inputs() % block_k == 0,
         PRECISION=common.precision(d.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,

@@ -157,8 +157,8 @@ def fused_configs(dtype: torch.dtype, capability: int) -> tuple[ProductConfig, .
 
 def samples_at_once(batch: int, sample_bytes: int) -> int:
     """How many samples' scratch stays in the L2 cache, evenly shared out; 1 where not even one does."""
-    blocks = triton.cdiv(batch, max(1, SCRATCH_BYTES // max(sample_bytes, 1)))
-    return triton.cdiv(batch, blocks)
+    blocks = common.cdiv(batch, max(1, SCRATCH_BYTES // max(sample_bytes, 1)))
+    return common.cdiv(batch, blocks)
 
 
 class Half(NamedTuple):
@@ -208,8 +208,8 @@ def _fused(half: Half, y: Tensor) -> Moments | None:
         block_m, block_n, block_k, warps, stages = config
         moments = new_moments(y, block_m) if half.statistics else None
         last = ending.telling(moments)
-        tiles = triton.cdiv(pixels, block_m)
-        fused_kernel[(batch * tiles * triton.cdiv(outputs, block_n),)](
+        tiles = common.cdiv(pixels, block_m)
+        fused_kernel[(batch * tiles * common.cdiv(outputs, block_n),)](
             x, half.dw_weight, x if half.dw_bias is None else half.dw_bias, *pointers, half.pw_weight, y,
             *last.tensors(y), height, width, *y.shape[2:], channels, groups, per_group, outputs, last.inputs(), tiles,
             **flags, **last.flags(), HAS_DW_BIAS=half.dw_bias is not None, EVEN_K=last.inputs() % block_k == 0,
