@@ -39,8 +39,8 @@ CONFIGS = (Config(16, 32, 4), Config(8, 64, 4))
 # Programs of one sample: two for each multiprocessor of the largest GPUs. A constant, so that a sample's gradient
 # depends neither on the GPU nor on the rest of its batch.
 MIN_PROGRAMS = 264
-# Rows of a program, at least: two more are read.
-MIN_ROWS = 8
+# Rows of a program: with few, the two more that are read weigh; with many, the last programs leave the GPU half idle.
+MIN_ROWS, MAX_ROWS = 8, 64
 
 
 @triton.jit
@@ -333,7 +333,8 @@ def gradients(
 
     def launch(config: Config) -> Parts:
         blocks_w, blocks_c = triton.cdiv(columns, config.block_w), triton.cdiv(channels, config.block_c)
-        rows = min(max(rows_all // triton.cdiv(MIN_PROGRAMS, blocks_w * blocks_c), MIN_ROWS), rows_all)
+        filling = rows_all // triton.cdiv(MIN_PROGRAMS, blocks_w * blocks_c)
+        rows = min(max(filling, MIN_ROWS), MAX_ROWS, rows_all)
         chunks = triton.cdiv(rows_all, rows)
         parts = chunks * blocks_w
         found = Parts(
@@ -350,7 +351,8 @@ def gradients(
         )  # fmt: skip
         return found
 
-    key = (str(x.dtype), *x.shape, stride, upsample, norm is not None, in_weight, in_bias)
+    # Not of the batch: blocks of samples, of which the last may be smaller, must have the same parts.
+    key = (str(x.dtype), *x.shape[1:], stride, upsample, norm is not None, in_weight, in_bias)
     default = _narrowest(CONFIGS, columns)
     return launch(tuning.choose("depthwise_backward", key, CONFIGS, default, launch))
 
