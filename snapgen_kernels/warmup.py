@@ -63,7 +63,7 @@ def warmup(
         raise ValueError(f"warmup: tune is True and device is {str(device)!r}: {reason}")
     cases = _cases(shapes, device, dtypes, tune)
     with contextlib.ExitStack() as stack:
-        if device.type == "cuda":  # Triton launches on the current device
+        if cases and device.type == "cuda":  # Triton launches on the current device
             stack.enter_context(torch.cuda.device(device))
         if tune:
             from snapgen_kernels._triton.tuning import tuning

@@ -93,6 +93,11 @@ def cache_bytes(tensor: Tensor) -> int:
     return _cache_bytes(tensor.get_device()) if tensor.is_cuda else 60 << 20
 
 
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up; ``triton.cdiv``, outside a kernel, takes microseconds."""
+    return -(-a // b)
+
+
 def pow2(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -119,7 +124,7 @@ class Build(NamedTuple):
         options: num_warps, num_stages.
         divisible: integer arguments that are multiples of 16 in the model's shapes.
         products: whether tensor-core instructions must be there.
-        since: the compute capability, times 10, from which on it is launched.
+        only: the compute capability, times 10, on which alone it is launched; 0: on all.
         vector: bytes of an image that a thread loads at once.
     """
 
@@ -129,7 +134,7 @@ class Build(NamedTuple):
     options: Mapping[str, int]
     divisible: tuple[str, ...] = ()
     products: bool = False
-    since: int = 80
+    only: int = 0
     vector: int = 16
 
 
@@ -144,7 +149,7 @@ def build(
     divisible: tuple[str, ...],
     *,
     products: bool = False,
-    since: int = 80,
+    only: int = 0,
     vector: int = 16,
     **constants: Any,
 ) -> Build:
@@ -153,4 +158,4 @@ def build(
     options = {name: fields.pop(name) for name in ("num_warps", "num_stages") if name in fields}
     sizes = {name.upper(): value for name, value in fields.items()}
     pointers = dict.fromkeys(images, _NAMES[dtype])
-    return Build(kernel, {**sizes, **constants}, pointers, options, divisible, products, since, vector)
+    return Build(kernel, {**sizes, **constants}, pointers, options, divisible, products, only, vector)

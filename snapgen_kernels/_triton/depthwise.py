@@ -337,9 +337,9 @@ def _scanning(batch: int, channels: int, height: int, width: int, processors: in
     for config in DEPTHWISE_CONFIGS[:3]:
         programs = (
             batch
-            * triton.cdiv(height, config.rows)
-            * triton.cdiv(width, 4 * config.block_w)
-            * triton.cdiv(channels, config.block_c)
+            * common.cdiv(height, config.rows)
+            * common.cdiv(width, 4 * config.block_w)
+            * common.cdiv(channels, config.block_c)
         )
         if programs >= 4 * processors:
             return config
@@ -377,7 +377,7 @@ def depthwise(
 
     def scan(config: DepthwiseConfig) -> None:
         block_w, block_c, rows, warps = config
-        grid = batch * triton.cdiv(height, rows) * triton.cdiv(width, 4 * block_w) * triton.cdiv(channels, block_c)
+        grid = batch * common.cdiv(height, rows) * common.cdiv(width, 4 * block_w) * common.cdiv(channels, block_c)
         depthwise_kernel[(grid,)](
             *tensors, height, width, channels, groups, per_group,
             ROWS=rows, EVEN=width % 4 == 0, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=warps, **flags,
@@ -385,7 +385,7 @@ def depthwise(
 
     def direct(config: DirectConfig) -> None:
         block_p, block_c, warps = config
-        grid = batch * triton.cdiv(size[0] * size[1], block_p) * triton.cdiv(channels, block_c)
+        grid = batch * common.cdiv(size[0] * size[1], block_p) * common.cdiv(channels, block_c)
         direct_kernel[(grid,)](
             *tensors, height, width, *size, channels, groups, per_group,
             STRIDE=stride, UPSAMPLE=upsample, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps, **flags,

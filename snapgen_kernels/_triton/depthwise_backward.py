@@ -35,9 +35,10 @@ class Config(NamedTuple):
     num_warps: int
 
 
-CONFIGS = (Config(16, 32, 4), Config(8, 64, 4), Config(4, 128, 4))
-# Programs per multiprocessor, about three times what runs at once; more would lengthen the adding of their parts.
-PROGRAMS = 8
+CONFIGS = (Config(16, 32, 4), Config(8, 64, 4))
+# Programs of one sample: two for each multiprocessor of the largest GPUs. A constant, so that a sample's gradient
+# depends neither on the GPU nor on the rest of its batch.
+MIN_PROGRAMS = 264
 # Rows of a program, at least: two more are read.
 MIN_ROWS = 8
 
@@ -332,8 +333,7 @@ def gradients(
 
     def launch(config: Config) -> Parts:
         blocks_w, blocks_c = triton.cdiv(columns, config.block_w), triton.cdiv(channels, config.block_c)
-        wanted = triton.cdiv(PROGRAMS * common.processors(x), batch * blocks_w * blocks_c)
-        rows = min(max(triton.cdiv(rows_all, wanted), MIN_ROWS), rows_all)
+        rows = min(max(rows_all // triton.cdiv(MIN_PROGRAMS, blocks_w * blocks_c), MIN_ROWS), rows_all)
         chunks = triton.cdiv(rows_all, rows)
         parts = chunks * blocks_w
         found = Parts(
@@ -366,7 +366,8 @@ def parameters(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The kernel in every config that the launcher may choose."""
-    fast, images = nvidia and dtype == torch.bfloat16, ("p_x", "p_dd", "p_da", "p_weight")
+    fast, vector = nvidia and dtype == torch.bfloat16, 4 * dtype.itemsize
+    images = ("p_x", "p_dd", "p_da", "p_weight")
     found: list[Build] = []
     for config in CONFIGS:
         for stride, upsample in ((1, False), (2, False), (1, True), (2, True)):
@@ -376,7 +377,6 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                     flags |= {"BIAS": wanted == "all", "FAST": norm and fast}
                     flags |= {"p_dweight": None} if wanted == "input" else {}
                     flags |= {} if norm else {"p_dz": None, "p_dzx": None}
-                    vector = config.block_w * config.block_c // (32 * config.num_warps) * dtype.itemsize
                     found.append(
                         common.build(depthwise_backward_kernel, dtype, images, config, ("C",), vector=vector, **flags)
                     )

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snapgen_kernels._triton import common
-from snapgen_kernels._triton.common import Build, sigmoid, silu, silu_of_half, tanh_approx
+from snapgen_kernels._triton.common import Build, cdiv, sigmoid, silu, silu_of_half, tanh_approx
 from snapgen_kernels._triton.tuning import choose
 
 
@@ -186,7 +186,7 @@ def merge_moments_kernel(
         i_in = i_base + b_k.to(tl.int64)[:, None] * C + b_c[None, :]
         b_n = tl.minimum(tl.maximum(P - b_k * chunk, 0), chunk).to(tl.float32)[:, None]
         b_sum += tl.where(m, (tl.load(p_part + i_in, mask=m, other=0.0) - first) * b_n, 0.0)
-    n = P.to(tl.float32) * CG
+    n = tl.cast(P, tl.float32) * CG  # Triton makes an argument of 1 a constant, which has no .to()
     off = tl.sum(tl.sum(b_sum, 1), 0) / n
     b_sum = tl.zeros([BLOCK, BLOCK_CG], dtype=tl.float32)
     for i_start in range(0, chunks, BLOCK):
@@ -335,7 +335,7 @@ def merge_sums_kernel(
         b_dzx += tl.load(p_part_dzx + i_in, mask=m, other=0.0)
     b_dz_c, b_dzx_c = tl.sum(b_dz, 0), tl.sum(b_dzx, 0)
     b_weight = tl.load(p_weight + b_c, mask=m_c, other=0.0).to(tl.float32)
-    n = P.to(tl.float32) * CG
+    n = tl.cast(P, tl.float32) * CG
     tl.store(p_dz + i_b.to(tl.int64) * C + b_c, b_dz_c, mask=m_c)
     tl.store(p_dzx + i_b.to(tl.int64) * C + b_c, b_dzx_c, mask=m_c)
     tl.store(p_mean_g + i_program, tl.sum(b_dz_c * b_weight, 0) / n)
@@ -405,41 +405,49 @@ def gradient_kernel(
 
 
 @cache
-def _tiles(channels: int, pixels: int, last: bool) -> tuple[Tile, ...]:
-    """The candidates for one format and size."""
+def _tiles(channels: int, pixels: int, last: bool, itemsize: int) -> tuple[Tile, ...]:
+    """The candidates for one format, size and dtype."""
     if not last:
         return CONTIGUOUS if pixels >= 512 else SMALL
-    fitting = [tile for tile in CHANNELS_LAST if tile.block_c <= common.pow2(channels)]
-    return tuple(fitting) if channels > 32 else NARROW
+    if channels <= 32:
+        return NARROW
+    return tuple(t for t in CHANNELS_LAST if t.block_c <= common.pow2(channels) and _spills_nowhere(t, itemsize))
+
+
+def _spills_nowhere(tile: Tile, itemsize: int) -> bool:
+    """Whether two inputs fit in the registers: at most 128 bytes of each in a thread."""
+    return tile.block_p * tile.block_c * itemsize <= 128 * 32 * tile.num_warps
 
 
 @cache
-def _reading(channels: int, pixels: int, last: bool) -> Tile:
+def _reading(channels: int, pixels: int, last: bool, itemsize: int) -> Tile:
     """The rule for statistics and sums: the longest chunks that still make enough programs of one sample."""
+    tiles = _tiles(channels, pixels, last, itemsize)
     if not last or channels <= 32:
-        return _tiles(channels, pixels, last)[0]
-    tiles = CHANNELS_LAST[:3]
-    enough = (t for t in tiles if triton.cdiv(pixels, t.block_p) * triton.cdiv(channels, t.block_c) >= MIN_PROGRAMS)
+        return tiles[0]
+    tiles = tuple(tile for tile in CHANNELS_LAST[:3] if tile in tiles)
+    enough = (t for t in tiles if cdiv(pixels, t.block_p) * cdiv(channels, t.block_c) >= MIN_PROGRAMS)
     return next(enough, tiles[-1])
 
 
 @cache
-def _writing(channels: int, pixels: int, last: bool) -> Tile:
+def _writing(channels: int, pixels: int, last: bool, itemsize: int) -> Tile:
     """The rule for y and dx, which reduce nothing."""
-    return CHANNELS_LAST[1] if last and channels > 32 else _tiles(channels, pixels, last)[0]
+    return CHANNELS_LAST[1] if last and channels > 32 else _tiles(channels, pixels, last, itemsize)[0]
 
 
 def _group_rule(batch: int, sample: int, cached: int) -> int:
     """Samples in a group, for this many bytes of input per sample: groups of equal size that take at most 5/8 of the
     L2 cache, to leave room for the output; the whole batch where a sample alone does not fit."""
     fitting = cached * 5 // 8 // sample
-    return batch if fitting == 0 else triton.cdiv(batch, triton.cdiv(batch, fitting))
+    return batch if fitting == 0 else cdiv(batch, cdiv(batch, fitting))
 
 
+@cache
 def _groups(batch: int, sample: int, cached: int) -> tuple[Group, ...]:
     """Candidates: the rule's first, half and twice that, everything at once."""
     rule = _group_rule(batch, sample, cached)
-    return tuple(Group(n) for n in dict.fromkeys((rule, triton.cdiv(rule, 2), min(2 * rule, batch), batch)))
+    return tuple(Group(n) for n in dict.fromkeys((rule, cdiv(rule, 2), min(2 * rule, batch), batch)))
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
@@ -472,19 +480,20 @@ class _Image(NamedTuple):
         return {**self.constants(tile), "CG": self.channels // groups, "FAST": common.fast(self.dense.dtype)}
 
     @property
-    def size(self) -> tuple[int, int, bool]:
-        return self.channels, self.pixels, self.last
+    def size(self) -> tuple[int, int, bool, int]:
+        """What rules and candidates depend on."""
+        return self.channels, self.pixels, self.last, self.dense.element_size()
 
     def grid(self, tile: Tile) -> tuple[int]:
         """One program per tile."""
-        blocks = triton.cdiv(self.pixels, tile.block_p) * triton.cdiv(self.channels, tile.block_c)
+        blocks = cdiv(self.pixels, tile.block_p) * cdiv(self.channels, tile.block_c)
         return (self.dense.shape[0] * blocks,)
 
     def chunks(self, tile: Tile) -> tuple[int, int]:
         """Tiles of a chunk, and chunks of a sample."""
-        steps = triton.cdiv(self.pixels, tile.block_p)
-        tiles = triton.cdiv(steps, MAX_CHUNKS)
-        return tiles, triton.cdiv(steps, tiles)
+        steps = cdiv(self.pixels, tile.block_p)
+        tiles = cdiv(steps, MAX_CHUNKS)
+        return tiles, cdiv(steps, tiles)
 
     def key(self, *more: int) -> tuple[int | str, ...]:
         """What a choice of tiles depends on."""
@@ -539,7 +548,7 @@ def _statistics(image: _Image, eps: float, mean: Tensor, rstd: Tensor, tile: Til
     batch, channels, pixels = image.dense.shape[0], image.channels, image.pixels
     tiles, chunks = image.chunks(tile)
     part = _room(image, tile)
-    moments_kernel[(batch * chunks * triton.cdiv(channels, tile.block_c),)](
+    moments_kernel[(batch * chunks * cdiv(channels, tile.block_c),)](
         image.dense, part[0], part[1], pixels, tiles, chunks, *image.strides, **image.constants(tile)
     )
     _merge(part, pixels, tiles * tile.block_p, eps, mean, rstd)
@@ -648,7 +657,7 @@ def _sums(image: _Image, saved: _Saved, dz: Tensor, dzx: Tensor, tile: Tile) -> 
     (batch, groups), channels = saved.mean.shape, image.channels
     tiles, chunks = image.chunks(tile)
     part = _room(image, tile)
-    sums_kernel[(batch * chunks * triton.cdiv(channels, tile.block_c),)](
+    sums_kernel[(batch * chunks * cdiv(channels, tile.block_c),)](
         image.dense,
         *saved,
         part[0],
@@ -736,7 +745,7 @@ def backward(
         alone = partial(_sums, image, saved, sums[0], sums[1])
         alone(_chosen("group_norm_silu.sums", image, alone))
     if needs[1] or needs[2]:
-        parameters_kernel[(triton.cdiv(channels, 64),)](
+        parameters_kernel[(cdiv(channels, 64),)](
             sums[0], sums[1], dweight, dbias, batch, channels, BLOCK_B=16, BLOCK_C=64, num_warps=4
         )
     return dx, dweight if needs[1] else dy.new_empty(0), dbias if needs[2] else dy.new_empty(0)
@@ -754,11 +763,18 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
         found += [Build(kernel, constants, {}, options) for kernel in (merge_moments_kernel, merge_sums_kernel)]
     fast = nvidia and dtype == torch.bfloat16
     for even in (True, False):
-        for tile in (*CHANNELS_LAST, *NARROW):
+        for tile in (*(t for t in CHANNELS_LAST if _spills_nowhere(t, dtype.itemsize)), *NARROW):
             found += _tile_builds(dtype, tile, ("P", "s_b", "s_p"), fast, s_c=1, EVEN=even, LONG=False)
         for tile in (*CONTIGUOUS, *SMALL):
             found += _tile_builds(dtype, tile, ("P", "s_b", "s_c"), fast, s_p=1, EVEN=even, LONG=False)
-    return found + _tile_builds(dtype, CONTIGUOUS[0], ("P", "s_b", "s_c"), fast, s_p=1, EVEN=False, LONG=True)
+    found += _tile_builds(dtype, CONTIGUOUS[0], ("P", "s_b", "s_c"), fast, s_p=1, EVEN=False, LONG=True)
+    # One pixel: Triton makes arguments of 1 constants.
+    single = [*found[1:3], *_tile_builds(dtype, SMALL[0], (), fast, EVEN=False, LONG=False)]
+    ones = ("P", "G", "chunk", "chunks", "tiles", "s_b", "s_c", "s_p")
+    return found + [
+        build._replace(constants={**build.constants, **{name: 1 for name in ones if name in build.kernel.arg_names}})
+        for build in single
+    ]
 
 
 def _tile_builds(dtype: torch.dtype, tile: Tile, sizes: tuple[str, ...], fast: bool, **constants: Any) -> list[Build]:

@@ -33,11 +33,9 @@ MAX_TILES = 8
 
 @triton.jit
 def silu_and_slope(b_h, FAST: tl.constexpr):
-    """silu(z) and its derivative for z = 2 h; see :func:`common.sigmoid`."""
+    """silu(z) and its derivative for z = 2 h; FAST: see :func:`common.tanh_approx`."""
     if FAST:
-        b_t = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [b_h], dtype=tl.float32, is_pure=True, pack=1
-        )
+        b_t = common.tanh_approx(b_h)
         b_a = tl.fma(b_h, b_t, b_h)
         b_s = tl.fma(b_t, 0.5, 0.5)
         return b_a, tl.fma(b_a, 1.0 - b_s, b_s)
@@ -97,10 +95,11 @@ def norm_gradient_kernel(
 ):
     """dx = rstd (dz weight - mean_g - xhat mean_gx) + add (unless p_add is None), with dz = da silu'(z).
 
-    dx may be the memory of da. Grid: B * chunks * cdiv(C, BLOCK_C); a chunk is ``tiles`` tiles.
+    dx may be the memory of da. Grid: B * chunks * cdiv(C, BLOCK_C); a chunk is ``tiles`` tiles. Walked backwards: what
+    was written last may still be in the cache.
     """
     blocks_c = tl.cdiv(C, BLOCK_C)
-    i_program = tl.program_id(0)
+    i_program = tl.num_programs(0) - 1 - tl.program_id(0)
     i_c, i_chunk = i_program % blocks_c, (i_program // blocks_c) % chunks
     i_b = (i_program // (blocks_c * chunks)).to(tl.int64)
     b_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)

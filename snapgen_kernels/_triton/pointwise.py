@@ -128,10 +128,11 @@ def finish(
     b_y = b_acc.to(p_y.dtype.element_ty)
     tl.store(p_y + i_base + b_at, b_y, mask=m)
     if STATISTICS:
-        b_r = tl.where(m, b_y.to(tl.float32), 0.0)
+        # Channels beyond N are computed and not stored: masks of rows alone take fewer registers.
+        b_r = tl.where(m_m[:, None], b_y.to(tl.float32), 0.0)
         n = tl.minimum(P - i_m * BLOCK_M, BLOCK_M).to(tl.float32)
         b_center = tl.sum(b_r, 0) / n
-        b_off = tl.where(m, b_r - b_center[None, :], 0.0)
+        b_off = tl.where(m_m[:, None], b_r - b_center[None, :], 0.0)
         i_part = (i_b.to(tl.int64) * tiles + i_m) * N + b_n
         tl.store(p_mean + i_part, b_center, mask=m_n)
         tl.store(p_m2 + i_part, tl.sum(b_off * b_off, 0), mask=m_n)
@@ -242,10 +243,10 @@ PRODUCT_CONFIGS_TF32 = (ProductConfig(128, 128, 32, 8, 3), ProductConfig(64, 64,
 PRODUCT_CONFIGS_HIP = (ProductConfig(128, 128, 64, 8, 2), ProductConfig(64, 64, 64, 4, 2))
 
 
-def since(config: ProductConfig) -> int:
-    """From which compute capability on a config is launched: before Hopper the operands of a product are in registers
-    too, which the widest accumulators leave no room for."""
-    return 90 if config.block_n > 128 else 80
+def only(config: ProductConfig) -> int:
+    """The compute capability, times 10, on which alone a config is launched, or 0. The widest accumulators leave no
+    registers for operands, which earlier GPUs than Hopper hold there, nor for their own copies, as later ones do."""
+    return 90 if config.block_n > 128 else 0
 
 
 def product_configs(
@@ -258,7 +259,7 @@ def product_configs(
         return PRODUCT_CONFIGS_HIP
     # The addresses of a second product, too, take the registers that the widest accumulators leave.
     widest = 128 if shortcut else 256
-    return tuple(c for c in PRODUCT_CONFIGS if since(c) <= capability and c.block_n <= widest)
+    return tuple(c for c in PRODUCT_CONFIGS if only(c) in (0, capability) and c.block_n <= widest)
 
 
 def filling(
@@ -266,7 +267,7 @@ def filling(
 ) -> ProductConfig:
     """The first config with a program for every multiprocessor and no tile half empty; else the last."""
     for config in configs:
-        programs = samples * triton.cdiv(pixels, config.block_m) * triton.cdiv(outputs, config.block_n)
+        programs = samples * common.cdiv(pixels, config.block_m) * common.cdiv(outputs, config.block_n)
         if programs >= processors and config.block_n <= common.pow2(outputs):
             return config
     return configs[-1]
@@ -274,7 +275,7 @@ def filling(
 
 def new_moments(y: Tensor, chunk: int) -> Moments:
     """Uninitialised moments of ``y``."""
-    tiles = triton.cdiv(y.shape[2] * y.shape[3], chunk)
+    tiles = common.cdiv(y.shape[2] * y.shape[3], chunk)
     return Moments(torch.empty((2, y.shape[0], tiles, y.shape[1]), dtype=torch.float32, device=y.device), chunk)
 
 
@@ -284,8 +285,8 @@ def launch_product(
     batch, inputs, height, width = d.shape
     outputs, pixels = y.shape[1], height * width
     block_m, block_n, block_k, warps, stages = config
-    tiles = triton.cdiv(pixels, block_m)
-    pointwise_kernel[(batch * tiles * triton.cdiv(outputs, block_n),)](
+    tiles = common.cdiv(pixels, block_m)
+    pointwise_kernel[(batch * tiles * common.cdiv(outputs, block_n),)](
         d, weight, y, *ending.tensors(y), pixels, inputs, outputs, ending.inputs(), tiles,
         TRANSPOSED=transposed, **ending.flags(), EVEN_K=inputs % block_k == 0 and ending.inputs() % block_k == 0,
         PRECISION=common.precision(d.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
@@ -363,7 +364,7 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                     config,
                     ("P", "K", "N", "KS"),
                     products=dtype != torch.float32 or precision == "tf32",
-                    since=since(config),
+                    only=only(config),
                     PRECISION=precision,
                     **flags,
                 )

@@ -45,9 +45,9 @@ from snapgen_kernels._triton.pointwise import (
     finish,
     launch_product,
     new_moments,
+    only,
     product,
     product_config,
-    since,
 )
 from snapgen_kernels.sepconv import new_image, no_statistics, output_size
 
@@ -152,13 +152,13 @@ SCRATCH_BYTES = costs.H200.cache
 def fused_configs(dtype: torch.dtype, capability: int) -> tuple[ProductConfig, ...]:
     """The fused kernel's candidates, widest first."""
     configs = FUSED_CONFIGS_FP32 if dtype == torch.float32 else FUSED_CONFIGS
-    return tuple(config for config in configs if since(config) <= capability)
+    return tuple(config for config in configs if only(config) in (0, capability))
 
 
 def samples_at_once(batch: int, sample_bytes: int) -> int:
     """How many samples' scratch stays in the L2 cache, evenly shared out; 1 where not even one does."""
-    blocks = triton.cdiv(batch, max(1, SCRATCH_BYTES // max(sample_bytes, 1)))
-    return triton.cdiv(batch, blocks)
+    blocks = common.cdiv(batch, max(1, SCRATCH_BYTES // max(sample_bytes, 1)))
+    return common.cdiv(batch, blocks)
 
 
 class Half(NamedTuple):
@@ -208,8 +208,8 @@ def _fused(half: Half, y: Tensor) -> Moments | None:
         block_m, block_n, block_k, warps, stages = config
         moments = new_moments(y, block_m) if half.statistics else None
         last = ending.telling(moments)
-        tiles = triton.cdiv(pixels, block_m)
-        fused_kernel[(batch * tiles * triton.cdiv(outputs, block_n),)](
+        tiles = common.cdiv(pixels, block_m)
+        fused_kernel[(batch * tiles * common.cdiv(outputs, block_n),)](
             x, half.dw_weight, x if half.dw_bias is None else half.dw_bias, *pointers, half.pw_weight, y,
             *last.tensors(y), height, width, *y.shape[2:], channels, groups, per_group, outputs, last.inputs(), tiles,
             **flags, **last.flags(), HAS_DW_BIAS=half.dw_bias is not None, EVEN_K=last.inputs() % block_k == 0,
@@ -306,7 +306,7 @@ def forward(
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The fused kernel in every config that the launcher may choose."""
-    images = (*IMAGES, "p_x", "p_dw", "p_dw_bias")
+    images = (*IMAGES[1:], "p_x", "p_dw", "p_dw_bias")
     found: list[Build] = []
     for config in fused_configs(dtype, 90):
         for ending in ENDINGS:
@@ -322,7 +322,7 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                     config,
                     sizes,
                     products=dot,
-                    since=since(config),
+                    only=only(config),
                     **flags,
                     **ending,
                     **shape,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from snapgen_kernels._triton import common, tuning
 from snapgen_kernels._triton.common import Build
+from snapgen_kernels._triton.pointwise import precisions
 
 
 class Config(NamedTuple):
@@ -36,6 +37,7 @@ WEIGHT_CONFIGS = (
     Config(64, 128, 64, 4, 3),
     Config(64, 64, 64, 4, 3),
 )
+WEIGHT_CONFIGS_TF32 = (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 3))
 # fp32 products in full precision run on the ordinary units.
 WEIGHT_CONFIGS_FP32 = (Config(64, 64, 32, 8, 2), Config(32, 32, 32, 4, 2))
 # AMD has 64 KiB of shared memory.
@@ -164,8 +166,7 @@ def add_parts_kernel(p_parts, p_out, parts, n, inner, s_outer, s_inner, BLOCK_S:
     b_sum = tl.zeros([BLOCK_S, BLOCK], dtype=tl.float32)
     for i_start in range(0, parts, BLOCK_S):
         m = (b_s < parts - i_start)[:, None] & (b_i < n)[None, :]
-        b_sum += tl.load(p_parts + b_s.to(tl.int64)[:, None] * n + b_i[None, :], mask=m, other=0.0)
-        p_parts += n.to(tl.int64) * BLOCK_S
+        b_sum += tl.load(p_parts + (i_start + b_s).to(tl.int64)[:, None] * n + b_i[None, :], mask=m, other=0.0)
     b_out = i_set * n + (b_i // inner) * s_outer + (b_i % inner) * s_inner
     tl.store(p_out + b_out, tl.sum(b_sum, 0).to(p_out.dtype.element_ty), mask=b_i < n)
 
@@ -219,10 +220,10 @@ def add_parts(
     return out
 
 
-def weight_configs(dtype: torch.dtype, nvidia: bool) -> tuple[Config, ...]:
+def weight_configs(dtype: torch.dtype, precision: str, nvidia: bool) -> tuple[Config, ...]:
     """The candidates, widest first."""
     if dtype == torch.float32:
-        return WEIGHT_CONFIGS_FP32
+        return WEIGHT_CONFIGS_TF32 if precision == "tf32" else WEIGHT_CONFIGS_FP32
     return WEIGHT_CONFIGS if nvidia else WEIGHT_CONFIGS_HIP
 
 
@@ -278,12 +279,13 @@ def weight_parts(dy: Tensor, d: Tensor, sums: bool) -> Parts:
     dy [B, O, H, W] and d [B, C, H, W] in channels_last, not empty.
     """
     batch, outputs, height, width = dy.shape
-    channels = d.shape[1]
+    channels, precision = d.shape[1], common.precision(dy.dtype)
 
     def launch(config: Config) -> Parts:
         splits = _splits(config, dy, channels)
-        # Sums belong to a sample each. Where splits hold several samples they are cheaper in a pass of their own.
-        inside = sums and splits >= batch
+        # Sums belong to a sample each. Where splits hold several samples, and where products are rounded to tf32, they
+        # are cheaper in a pass of their own.
+        inside = sums and splits >= batch and precision != "tf32"
         samples, pixels = (batch, height * width) if inside else (1, batch * height * width)
         chunk = triton.cdiv(triton.cdiv(pixels, max(1, splits // samples)), config.block_p) * config.block_p
         chunks = triton.cdiv(pixels, chunk)
@@ -304,14 +306,14 @@ def weight_parts(dy: Tensor, d: Tensor, sums: bool) -> Parts:
             BLOCK_C=config.block_c,
             BLOCK_P=config.block_p,
             SUMS=inside,
-            PRECISION=common.precision(dy.dtype),
+            PRECISION=precision,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
         return Parts(parts, channel_sums(dy) if sums and not inside else found)
 
-    configs = weight_configs(dy.dtype, torch.version.hip is None)
-    key = (str(dy.dtype), batch, height * width, outputs, channels, sums)
+    configs = weight_configs(dy.dtype, precision, torch.version.hip is None)
+    key = (str(dy.dtype), precision, batch, height * width, outputs, channels, sums)
     return launch(tuning.choose("weight_gradient", key, configs, _fitting(configs, outputs, channels), launch))
 
 
@@ -332,13 +334,21 @@ def added(parts: Tensor | None, parameter: Tensor | None, sets: int = 1) -> Tens
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """Every kernel of this file in every config that its launchers may choose."""
     found: list[Build] = []
-    for config in weight_configs(dtype, nvidia):
-        for sums in (False, True):
-            flags: dict[str, Any] = {"SUMS": sums, "PRECISION": "ieee"} | ({} if sums else {"p_sums": None})
-            sizes, products = ("OUT", "C", "chunk"), dtype != torch.float32
-            found.append(
-                common.build(weight_gradient_kernel, dtype, ("p_dy", "p_d"), config, sizes, products=products, **flags)
-            )
+    for precision in precisions(dtype, nvidia):
+        for config in weight_configs(dtype, precision, nvidia):
+            for sums in (False, True)[: 1 if precision == "tf32" else 2]:
+                flags: dict[str, Any] = {"SUMS": sums, "PRECISION": precision} | ({} if sums else {"p_sums": None})
+                found.append(
+                    common.build(
+                        weight_gradient_kernel,
+                        dtype,
+                        ("p_dy", "p_d"),
+                        config,
+                        ("OUT", "C", "chunk"),
+                        products=dtype != torch.float32 or precision == "tf32",
+                        **flags,
+                    )
+                )
     for add in ADD_CONFIGS:
         found.append(common.build(add_parts_kernel, dtype, ("p_out",), add, ("n", "inner"), s_inner=1))
     for shape in SUMS_CONFIGS:

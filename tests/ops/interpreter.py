@@ -4,6 +4,7 @@ stores."""
 from typing import Any
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -47,3 +48,15 @@ def mend_bf16() -> None:
 
     builder.cast_impl, builder.binary_op, builder.create_dot = cast, binary, dot
     builder.create_fp_to_fp = fp_to_fp
+
+
+@triton.jit
+def exact_tanh(b_x):  # type: ignore[no-untyped-def]
+    """Stands in for ``tanh.approx``, an instruction that the interpreter has not."""
+    return 2.0 / (1.0 + tl.exp(-2.0 * b_x)) - 1.0
+
+
+@triton.jit
+def rough_tanh(b_x):  # type: ignore[no-untyped-def]
+    """:func:`exact_tanh` as wrong as ``tanh.approx`` may be, always to the same side: a relative 2^-11."""
+    return exact_tanh(b_x) * (1.0 + 1.0 / 2048)

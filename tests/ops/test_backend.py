@@ -163,6 +163,11 @@ def test_warmup_names_the_call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "warming up 1/1 geglu float32 B=1 N=2 C=4 F=3" in capsys.readouterr().err
 
 
+def test_warmup_without_kernels_makes_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "missing_kernel", lambda op, device: "none")
+    assert snapgen_kernels.warmup() == snapgen_kernels.warmup(device="cuda") == 0
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
 def test_tuning_where_no_triton_kernel_runs_says_why(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -97,7 +97,7 @@ def _cases() -> Iterator[Any]:
             by_kernel: dict[str, list[Build]] = {}
             arch = TARGETS[target].arch
             for build in _builds(file, dtype, target != "gfx942"):
-                if isinstance(arch, int) and arch < build.since:
+                if build.only not in (0, arch):
                     continue
                 by_kernel.setdefault(_name(build.kernel), []).append(build)
             for kernel, builds in by_kernel.items():

@@ -193,8 +193,9 @@ def test_each_gradient_alone(case: Case) -> None:
 @inside
 def test_partial_sums_inside_and_outside_of_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums of dy come from the weight gradient where its splits are parts of samples, else from their own pass."""
-    from snapgen_kernels._triton import weight_gradient
+    from snapgen_kernels._triton import common, weight_gradient
 
+    monkeypatch.setattr(common, "precision", lambda dtype: "ieee")
     dy, d = (torch.randn(3, c, 5, 8).contiguous(memory_format=torch.channels_last) for c in (70, 20))
     exact = dy.double().sum((2, 3))
     monkeypatch.setattr(weight_gradient, "MIN_PIXELS", 16)
