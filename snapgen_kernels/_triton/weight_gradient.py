@@ -236,7 +236,7 @@ def _fitting(configs: Sequence[Config], outputs: int, channels: int) -> Config:
 
 
 def _splits(config: Config, dy: Tensor, channels: int) -> int:
-    """How many splits fill the GPU with programs, by shape alone."""
+    """How many splits fill the GPU with programs: a function of the shape and the GPU."""
     batch, outputs, height, width = dy.shape
     tiles = triton.cdiv(outputs, config.block_o) * triton.cdiv(channels, config.block_c)
     programs = min(MAX_PROGRAMS, VALUES // (config.block_o * config.block_c)) * common.processors(dy)

@@ -54,7 +54,7 @@ class _Backward(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         spec = Case(ctx.op, "", {}).spec.op
         needs = [ctx.needs_input_grad[1 + spec.arguments.index(name)] for name in spec.differentiable]
         found = _launcher(ctx.op)(dy, *ctx.arguments, *ctx.saved, needs)
