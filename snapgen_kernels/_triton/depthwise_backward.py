@@ -332,10 +332,10 @@ def gradients(
     groups = 1 if norm is None else norm.num_groups
 
     def launch(config: Config) -> Parts:
-        blocks_w, blocks_c = triton.cdiv(columns, config.block_w), triton.cdiv(channels, config.block_c)
-        filling = rows_all // triton.cdiv(MIN_PROGRAMS, blocks_w * blocks_c)
+        blocks_w, blocks_c = common.cdiv(columns, config.block_w), common.cdiv(channels, config.block_c)
+        filling = rows_all // common.cdiv(MIN_PROGRAMS, blocks_w * blocks_c)
         rows = min(max(filling, MIN_ROWS), MAX_ROWS, rows_all)
-        chunks = triton.cdiv(rows_all, rows)
+        chunks = common.cdiv(rows_all, rows)
         parts = chunks * blocks_w
         found = Parts(
             new_parts(x, batch * parts, 10 if in_bias else 9, channels) if in_weight or in_bias else None,
