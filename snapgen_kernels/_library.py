@@ -61,6 +61,9 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def like(tensor: Tensor, layout: Tensor) -> Tensor:
     """``tensor`` with the strides and dtype of ``empty_like(layout)``, copied only where it has others."""
+    dense = layout.is_contiguous() or layout.is_contiguous(memory_format=torch.channels_last)  # empty_like keeps these
+    if dense and tensor.stride() == layout.stride() and tensor.dtype == layout.dtype:
+        return tensor
     target = torch.empty_like(layout)
     return tensor if tensor.stride() == target.stride() and tensor.dtype == target.dtype else target.copy_(tensor)
 

@@ -28,7 +28,11 @@ up), ``product of dy`` (Q O e + C O e + Q C e), ``depthwise backward`` (Q C e + 
 A norm alone reads x twice, for its statistics and to apply them; its backward reads x and dy twice.
 
 A blocked plan works through a few samples at a time, so that what is read soon after (the output of ``depthwise``, the
-input of a norm) stays in the L2 cache; its bytes then cost the cache's rate.
+input of a norm) stays in the L2 cache; its bytes then cost the cache's rate. Blocks so short that launching them takes
+longer are not planned.
+
+Instructions decide too where they outnumber bytes: the machine code of ``depthwise`` has 20 for each value of its scan,
+that of ``fused`` 8 for each of its taps.
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ FORMS = ("split", "blocked", "fused")
 _TILE = 128  # pixels whose partial statistics a program writes
 _HALO = (16 + 2) / 16 * (4 + 2) / 4  # inputs over outputs of what a thread of `depthwise` scans
 _OUTPUTS = 256  # channels out that a program of `fused` computes
+_SCANNED, _TAP = 20, 8  # instructions for a value of `depthwise`, and for a tap of `fused`
+_SHORTEST = 50e-6  # seconds of a block: a CPU takes about as long to launch one
 _EVALUATION = 6  # FLOPs of norm and SiLU besides the special functions
 _PROCESSORS = 132  # over which a weight gradient is split
 _EFFICIENCY = 0.8  # of a large matrix product's rate that a kernel with an epilogue is taken to reach
@@ -55,7 +61,7 @@ class Rates(NamedTuple):
     Attributes:
         copy: bytes through memory. l2: bytes through the L2 cache.
         products: FLOPs of 2-byte matrix products. vector: all other FLOPs, and those of fp32 products.
-        special: results of tanh, exponential and reciprocal.
+        special: results of tanh, exponential and reciprocal. instructions: of all threads.
         cache: bytes of L2 that a block of samples may fill. launch: seconds that a kernel takes to start and to end.
     """
 
@@ -64,12 +70,13 @@ class Rates(NamedTuple):
     products: float
     vector: float
     special: float
+    instructions: float
     cache: int
     launch: float
 
 
-# Assumed: rates of 132 processors at 1.98 GHz, 16 special-function results each and clock.
-H200 = Rates(4.3e12, 6e12, 790e12, 50e12, 132 * 16 * 1.98e9, 24 << 20, 2e-6)
+# Assumed: 132 processors at 1.98 GHz, each with instructions for 128 threads and 16 special-function results a clock.
+H200 = Rates(4.3e12, 6e12, 790e12, 50e12, 132 * 16 * 1.98e9, 132 * 128 * 1.98e9, 24 << 20, 2e-6)
 
 
 class Kernel(NamedTuple):
@@ -81,6 +88,7 @@ class Kernel(NamedTuple):
     products: int = 0
     vector: int = 0
     special: int = 0
+    instructions: int = 0
     launches: int = 1
 
     @property
@@ -102,6 +110,7 @@ class Kernel(NamedTuple):
             self.products / (efficiency * rates.products),
             self.vector / rates.vector,
             self.special / rates.special,
+            self.instructions / rates.instructions,
         )
 
 
@@ -278,7 +287,11 @@ def _plans(half: Half, rates: Rates) -> Iterator[Plan]:
     for form in FORMS:
         samples = samples_in_cache(half.batch, half.scratch, rates) if form == "blocked" else half.batch
         seconds = sum(kernel.seconds(rates) for kernel in forward(half, form, rates) if kernel.name != "merge")
-        yield Plan("fused" if form == "fused" else "split", samples, seconds)
+        # Nothing here tells what tensor cores do with fp32, which the fused kernel leaves little room for.
+        if form == "fused" and half.itemsize > 2:
+            continue
+        if samples == half.batch or samples * seconds > _SHORTEST * half.batch:
+            yield Plan("fused" if form == "fused" else "split", samples, seconds)
 
 
 def _blocks(batch: int, moved: int, form: str, rates: Rates) -> tuple[bool, int]:
@@ -304,6 +317,7 @@ def _depthwise(half: Half, stays: bool) -> Kernel:
         cached=half.scratch if stays else 0,
         vector=18 * half.pixels_out * half.channels + _EVALUATION * evaluations,
         special=_silu(half.itemsize) * evaluations,
+        instructions=_SCANNED * half.pixels_out * half.channels,
     )
 
 
@@ -318,7 +332,8 @@ def _fused(half: Half) -> Kernel:
     moved = _epilogue(half) + (half.pixels_in + half.outputs) * half.channels * half.itemsize
     evaluations = taps if half.norm else 0
     vector, special = 2 * taps + _EVALUATION * evaluations, _silu(half.itemsize) * evaluations
-    return _with_product(Kernel("fused", moved, vector=vector, special=special), half, half.channels + half.shortcut)
+    kernel = Kernel("fused", moved, vector=vector, special=special, instructions=_TAP * taps)
+    return _with_product(kernel, half, half.channels + half.shortcut)
 
 
 def _epilogue(half: Half) -> int:

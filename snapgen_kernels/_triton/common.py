@@ -155,7 +155,8 @@ def build(
 ) -> Build:
     """The build of a kernel for a config: fields that are no launch options are its constants, in capitals."""
     fields = config._asdict()
-    options = {name: fields.pop(name) for name in ("num_warps", "num_stages") if name in fields}
+    given = {name: fields.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in fields}
+    options = {name: value for name, value in given.items() if value}
     sizes = {name.upper(): value for name, value in fields.items()}
     pointers = dict.fromkeys(images, _NAMES[dtype])
     return Build(kernel, {**sizes, **constants}, pointers, options, divisible, products, only, vector)

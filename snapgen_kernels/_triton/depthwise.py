@@ -7,6 +7,7 @@ pixel and serves what has stride 2 or nearest 2x.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +34,14 @@ class Affine(NamedTuple):
 
 
 class DepthwiseConfig(NamedTuple):
-    """A program scans ``rows`` rows of ``block_w`` groups of four columns by ``block_c`` channels."""
+    """A program scans ``rows`` rows of ``block_w`` groups of four columns by ``block_c`` channels. ``maxnreg``: the
+    registers of a thread, 0: as many as the compiler likes; NVIDIA alone."""
 
     block_w: int
     block_c: int
     rows: int
     num_warps: int
+    maxnreg: int
 
 
 class DirectConfig(NamedTuple):
@@ -124,7 +127,7 @@ def nine_taps(
         # Both are divided after they were found not to be negative; where they are, nothing is loaded.
         b_at = ((b_y // scale - i_first) * W + b_z // scale) * C
         b_x = tl.load(p_x + b_at[:, None], mask=m, other=0.0)
-        b_w = tl.load(p_dw + b_c * 9 + i_tap, mask=m_c, other=0.0).to(tl.float32)
+        b_w = tl.load(p_dw + i_tap * C + b_c, mask=m_c, other=0.0).to(tl.float32)
         b_a = normalised(b_x, b_scale, b_offset, HAS_NORM, FAST)
         if HAS_NORM:
             b_a = tl.where(m, b_a, 0.0)
@@ -154,7 +157,7 @@ def six_columns(p_x, C, m_0, m_1, m_2, m_3, m_4, m_5, there):
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "G", "CG"])
 def depthwise_kernel(
     p_x,
     p_y,
@@ -190,16 +193,16 @@ def depthwise_kernel(
     b_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = b_c < C
     b_scale, b_offset = affine(p_mean, p_rstd, p_gamma, p_beta, i_b, G, CG, b_c, m_c, HAS_NORM, FAST)
-    p_dw += b_c * 9
+    p_dw += b_c
     b_w00 = tl.load(p_dw, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    b_w01 = tl.load(p_dw + 1, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    b_w02 = tl.load(p_dw + 2, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    b_w10 = tl.load(p_dw + 3, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    b_w11 = tl.load(p_dw + 4, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    b_w12 = tl.load(p_dw + 5, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    b_w20 = tl.load(p_dw + 6, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    b_w21 = tl.load(p_dw + 7, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    b_w22 = tl.load(p_dw + 8, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_w01 = tl.load(p_dw + C, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_w02 = tl.load(p_dw + 2 * C, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_w10 = tl.load(p_dw + 3 * C, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_w11 = tl.load(p_dw + 4 * C, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_w12 = tl.load(p_dw + 5 * C, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_w20 = tl.load(p_dw + 6 * C, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_w21 = tl.load(p_dw + 7 * C, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_w22 = tl.load(p_dw + 8 * C, mask=m_c, other=0.0).to(tl.float32)[None, :]
 
     b_col = i_w * (4 * BLOCK_W) + 4 * tl.arange(0, BLOCK_W)
     m_0 = ((b_col > 0) & (b_col <= W))[:, None] & m_c[None, :]
@@ -260,7 +263,7 @@ def depthwise_kernel(
         there = coming
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "HO", "WO", "G", "CG"])
 def direct_kernel(
     p_x,
     p_y,
@@ -309,21 +312,26 @@ def direct_kernel(
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
+# The rule takes one of the first four: long scans compute less for nothing, short ones make more programs. With 128
+# registers a thread, four programs of four warps run at once.
 DEPTHWISE_CONFIGS = (
-    DepthwiseConfig(8, 64, 16, 4),
-    DepthwiseConfig(8, 64, 8, 4),
-    DepthwiseConfig(8, 64, 4, 4),
-    DepthwiseConfig(8, 64, 16, 2),
-    DepthwiseConfig(4, 64, 16, 2),
-    DepthwiseConfig(8, 32, 16, 2),
+    DepthwiseConfig(8, 64, 16, 4, 128),
+    DepthwiseConfig(8, 64, 8, 4, 128),
+    DepthwiseConfig(8, 64, 4, 4, 128),
+    DepthwiseConfig(4, 64, 4, 2, 128),
+    DepthwiseConfig(8, 64, 16, 4, 0),
+    DepthwiseConfig(8, 64, 16, 2, 0),
+    DepthwiseConfig(4, 64, 16, 2, 0),
+    DepthwiseConfig(8, 32, 16, 2, 0),
 )
 DIRECT_CONFIGS = (DirectConfig(32, 64, 4), DirectConfig(32, 64, 8), DirectConfig(16, 128, 4))
 
 
-def depthwise_configs(dtype: torch.dtype) -> tuple[DepthwiseConfig, ...]:
-    """Candidates: up to eight 16-bit or four 32-bit channels a thread."""
-    wide = dtype == torch.float32
-    return tuple(c for c in DEPTHWISE_CONFIGS if not wide or c.block_w * c.block_c <= 128 * c.num_warps)
+def depthwise_configs(dtype: torch.dtype, nvidia: bool, even: bool) -> tuple[DepthwiseConfig, ...]:
+    """Candidates: eight channels a thread, and few registers, only for bf16's one-tanh form; eight in whole groups."""
+    quick = nvidia and dtype == torch.bfloat16
+    found = (c if quick else c._replace(maxnreg=0) for c in DEPTHWISE_CONFIGS)
+    return tuple(dict.fromkeys(c for c in found if (even and quick) or c.block_w * c.block_c <= 128 * c.num_warps))
 
 
 def direct_configs(dtype: torch.dtype) -> tuple[DirectConfig, ...]:
@@ -332,18 +340,15 @@ def direct_configs(dtype: torch.dtype) -> tuple[DirectConfig, ...]:
     return tuple(c for c in DIRECT_CONFIGS if not wide or c.block_p * c.block_c <= 256 * c.num_warps)
 
 
-def _scanning(batch: int, channels: int, height: int, width: int, processors: int) -> DepthwiseConfig:
-    """The longest scan that leaves four programs a multiprocessor: each program computes two rows for nothing."""
-    for config in DEPTHWISE_CONFIGS[:3]:
-        programs = (
-            batch
-            * common.cdiv(height, config.rows)
-            * common.cdiv(width, 4 * config.block_w)
-            * common.cdiv(channels, config.block_c)
-        )
-        if programs >= 4 * processors:
+def _scanning(
+    configs: Sequence[DepthwiseConfig], batch: int, channels: int, height: int, width: int, processors: int
+) -> DepthwiseConfig:
+    """The first that gives every multiprocessor the four programs that it can run at once, else the smallest."""
+    for config in configs[:4]:
+        across = common.cdiv(width, 4 * config.block_w) * common.cdiv(channels, config.block_c)
+        if batch * common.cdiv(height, config.rows) * across >= 4 * processors:
             return config
-    return DEPTHWISE_CONFIGS[2]
+    return configs[3]
 
 
 def norm_flags(norm: Affine | None, dtype: torch.dtype) -> dict[str, bool]:
@@ -357,30 +362,39 @@ def norm_arguments(norm: Affine | None, x: Tensor) -> tuple[Tensor, Tensor, Tens
     return norm.mean, norm.rstd, norm.weight, norm.bias, norm.num_groups, x.shape[1] // norm.num_groups
 
 
+def by_tap(dw_weight: Tensor) -> Tensor:
+    """[C, 1, 3, 3] -> [9, C], contiguous: a tap's weights of neighbouring channels are read at once."""
+    return dw_weight.reshape(-1, 9).t().contiguous()
+
+
 def depthwise(
     x: Tensor,
-    dw_weight: Tensor,
+    taps: Tensor,
     dw_bias: Tensor | None,
     norm: Affine | None,
     stride: int,
     upsample: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """DW(SiLU(norm(x))) of x [B, C, H, W] channels_last -> [B, C, H', W'] channels_last, rounded to its dtype."""
+    """DW(SiLU(norm(x))) of x [B, C, H, W] channels_last -> [B, C, H', W'] channels_last, rounded to its dtype.
+
+    ``taps``: the weight, :func:`by_tap`.
+    """
     batch, channels, height, width = x.shape
     size = output_size(height, width, stride, upsample)
     y = common.new_channels_last(x, batch, channels, *size) if out is None else out
     flags = {**norm_flags(norm, x.dtype), "HAS_BIAS": dw_bias is not None}
     *pointers, groups, per_group = norm_arguments(norm, x)
-    tensors = (x, y, dw_weight, x if dw_bias is None else dw_bias, *pointers)
-    key = (str(x.dtype), batch, channels, height, width, stride, upsample, norm is not None)
+    tensors = (x, y, taps, x if dw_bias is None else dw_bias, *pointers)
+    key = (str(x.dtype), batch, channels, height, width, stride, upsample, norm is not None, dw_bias is not None)
 
     def scan(config: DepthwiseConfig) -> None:
-        block_w, block_c, rows, warps = config
+        block_w, block_c, rows, warps, registers = config
+        limit = {"maxnreg": registers} if registers else {}
         grid = batch * common.cdiv(height, rows) * common.cdiv(width, 4 * block_w) * common.cdiv(channels, block_c)
         depthwise_kernel[(grid,)](
             *tensors, height, width, channels, groups, per_group,
-            ROWS=rows, EVEN=width % 4 == 0, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=warps, **flags,
+            ROWS=rows, EVEN=width % 4 == 0, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=warps, **flags, **limit,
         )  # fmt: skip
 
     def direct(config: DirectConfig) -> None:
@@ -392,11 +406,12 @@ def depthwise(
         )  # fmt: skip
 
     if stride == 1 and not upsample:
-        default = _scanning(batch, channels, height, width, common.processors(x))
-        scan(tuning.choose("depthwise", key, depthwise_configs(x.dtype), default, scan))
+        configs = depthwise_configs(x.dtype, torch.version.hip is None, width % 4 == 0)
+        default = _scanning(configs, batch, channels, height, width, common.processors(x))
+        scan(tuning.choose("depthwise", key, configs, default, scan))
     else:
-        configs = direct_configs(x.dtype)
-        direct(tuning.choose("direct", key, configs, configs[0], direct))
+        tiles = direct_configs(x.dtype)
+        direct(tuning.choose("direct", key, tiles, tiles[0], direct))
     return y
 
 
@@ -405,12 +420,13 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     images = ("p_x", "p_y", "p_dw", "p_dw_bias")
     quick = dtype == torch.bfloat16 and nvidia
     found: list[Build] = []
-    for norm in (True, False):
-        flags: dict[str, Any] = {"HAS_NORM": norm, "HAS_BIAS": not norm, "FAST": norm and quick}
-        for scan in depthwise_configs(dtype):
-            vector = scan.block_w * scan.block_c // (32 * scan.num_warps) * dtype.itemsize
-            even = {**flags, "EVEN": norm}
-            found.append(common.build(depthwise_kernel, dtype, images, scan, ("C",), vector=vector, **even))
+    for norm, bias in ((True, False), (False, True), (True, True)):
+        flags: dict[str, Any] = {"HAS_NORM": norm, "HAS_BIAS": bias, "FAST": norm and quick}
+        for even in (True, False):
+            for scan in depthwise_configs(dtype, nvidia, even):
+                vector = scan.block_w * scan.block_c // (32 * scan.num_warps) * dtype.itemsize
+                added = {**flags, "EVEN": even, "vector": vector}
+                found.append(common.build(depthwise_kernel, dtype, images, scan, ("C",), **added))
         for direct in direct_configs(dtype):
             for stride in (1, 2):
                 shape: dict[str, Any] = {**flags, "STRIDE": stride, "UPSAMPLE": stride == 1}

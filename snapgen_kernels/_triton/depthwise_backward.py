@@ -91,11 +91,11 @@ def _plus(left, right):
 
 
 @triton.jit
-def _weights(p_weight, b_c, m_c, ROW: tl.constexpr):
+def _weights(p_weight, C, b_c, m_c, ROW: tl.constexpr):
     """Taps (ROW, 0..2), each [1, BLOCK_C]."""
-    b_0 = tl.load(p_weight + b_c * 9 + 3 * ROW, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    b_1 = tl.load(p_weight + b_c * 9 + 3 * ROW + 1, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    b_2 = tl.load(p_weight + b_c * 9 + 3 * ROW + 2, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_0 = tl.load(p_weight + (3 * ROW) * C + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_1 = tl.load(p_weight + (3 * ROW + 1) * C + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    b_2 = tl.load(p_weight + (3 * ROW + 2) * C + b_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     return b_0, b_1, b_2
 
 
@@ -176,9 +176,9 @@ def depthwise_backward_kernel(
     b_w = i_w * BLOCK_W + tl.arange(0, BLOCK_W)
     m_c = b_c < C
     affine = centred(p_mean, p_rstd, p_norm_weight, p_norm_bias, i_b * G + b_c // CG, b_c, m_c, HAS_NORM)
-    weights_0 = _weights(p_weight, b_c, m_c, 0)
-    weights_1 = _weights(p_weight, b_c, m_c, 1)
-    weights_2 = _weights(p_weight, b_c, m_c, 2)
+    weights_0 = _weights(p_weight, C, b_c, m_c, 0)
+    weights_1 = _weights(p_weight, C, b_c, m_c, 1)
+    weights_2 = _weights(p_weight, C, b_c, m_c, 2)
     b_zero = tl.zeros([BLOCK_W, BLOCK_C], dtype=tl.float32)
     grads_0, grads_1, grads_2 = (b_zero, b_zero, b_zero), (b_zero, b_zero, b_zero), (b_zero, b_zero, b_zero)
     b_bias = b_zero
@@ -324,7 +324,7 @@ def gradients(
     in_bias: bool,
 ) -> Parts:
     """Fill da in one pass over x [B, C, H, W] and dd [B, C, H', W'], all channels_last; and the parts of what is
-    wanted: the gradients of weight and bias, and where there is a norm, its sums."""
+    wanted: the gradients of weight and bias, and where there is a norm, its sums. ``weight`` is by tap, [9, C]."""
     batch, channels, height, width = x.shape
     out_height, out_width = dd.shape[2:]
     rows_all, columns = (out_height, out_width) if stride == 2 and not upsample else (height, width)
@@ -363,7 +363,7 @@ def parameters(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     if bias is None:
         return add_parts(parts, dweight, inner=channels, strides=(1, 9)), None
     sums = add_parts(parts, new_parts(parts, 10, channels))
-    return dweight.copy_(sums[:9].t().reshape(weight.shape)), sums[9].to(bias.dtype)
+    return dweight.copy_(sums[:9].t().reshape(weight.shape)), torch.empty_like(bias).copy_(sums[9])
 
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:

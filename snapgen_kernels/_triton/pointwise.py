@@ -83,6 +83,10 @@ class Epilogue(NamedTuple):
         pair, part = self.shortcut or (other, other), self.moments or (other, other)
         return (*(other if t is None else t for t in (self.bias, self.shift, self.residual)), *pair, *part)
 
+    def extras(self) -> int:
+        """How many images and vectors are added."""
+        return sum(part is not None for part in (self.bias, self.shift, self.residual, self.shortcut))
+
     def inputs(self) -> int:
         """Channels of the shortcut."""
         return 0 if self.shortcut is None else self.shortcut.x.shape[1]
@@ -179,7 +183,7 @@ def product(
 # ---- kernel ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "tiles"])
 def pointwise_kernel(
     p_d,
     p_w,
@@ -237,8 +241,10 @@ PRODUCT_CONFIGS = (
     ProductConfig(64, 64, 64, 4, 4),
 )
 # fp32 products in full precision run on the ordinary units, whose accumulators take more registers.
-PRODUCT_CONFIGS_FP32 = (ProductConfig(64, 64, 16, 4, 2), ProductConfig(32, 64, 16, 4, 2))
+PRODUCT_CONFIGS_FP32 = (ProductConfig(32, 64, 16, 4, 2),)
 PRODUCT_CONFIGS_TF32 = (ProductConfig(128, 128, 32, 8, 3), ProductConfig(64, 64, 32, 4, 3))
+# Channels that are no whole vectors are loaded one by one, each with an address and a mask.
+RAGGED = ProductConfig(32, 32, 32, 4, 2)
 # AMD has 64 KiB of shared memory.
 PRODUCT_CONFIGS_HIP = (ProductConfig(128, 128, 64, 8, 2), ProductConfig(64, 64, 64, 4, 2))
 
@@ -250,16 +256,26 @@ def only(config: ProductConfig) -> int:
 
 
 def product_configs(
-    dtype: torch.dtype, precision: str, nvidia: bool, capability: int, shortcut: bool
+    dtype: torch.dtype, precision: str, nvidia: bool, capability: int, simple: bool, whole: bool
 ) -> tuple[ProductConfig, ...]:
-    """The product's candidates, widest first."""
+    """The product's candidates, widest first; ``simple``: see :func:`is_simple`; ``whole``: channels are multiples of
+    16."""
+    if not whole:
+        return (RAGGED,)
     if dtype == torch.float32:
         return PRODUCT_CONFIGS_TF32 if precision == "tf32" else PRODUCT_CONFIGS_FP32
     if not nvidia:
         return PRODUCT_CONFIGS_HIP
-    # The addresses of a second product, too, take the registers that the widest accumulators leave.
-    widest = 128 if shortcut else 256
-    return tuple(c for c in PRODUCT_CONFIGS if only(c) in (0, capability) and c.block_n <= widest)
+    return tuple(c for c in PRODUCT_CONFIGS if only(c) in (0, capability) and (simple or c.block_n <= 128))
+
+
+def is_simple(ending: Epilogue) -> bool:
+    """Whether the widest accumulators leave registers enough: for one thing to add, not for a second product."""
+    return ending.extras() <= 1 and ending.shortcut is None
+
+
+def are_whole(*channels: int) -> bool:
+    return all(count % 16 == 0 for count in channels)
 
 
 def filling(
@@ -300,10 +316,20 @@ def product_config(
     """The config for products of ``d``'s samples at a time."""
     batch, inputs, height, width = d.shape
     outputs, precision = y.shape[1], common.precision(d.dtype)
-    configs = product_configs(
-        d.dtype, precision, torch.version.hip is None, common.capability(d), ending.shortcut is not None
+    nvidia, whole = torch.version.hip is None, are_whole(inputs, outputs, ending.inputs())
+    configs = product_configs(d.dtype, precision, nvidia, common.capability(d), is_simple(ending), whole)
+    key = (
+        str(d.dtype),
+        precision,
+        batch,
+        height * width,
+        inputs,
+        outputs,
+        transposed,
+        statistics,
+        ending.inputs(),
+        ending.extras(),
     )
-    key = (str(d.dtype), precision, batch, height * width, inputs, outputs, transposed, statistics, ending.inputs())
 
     def launch(config: ProductConfig) -> None:
         launch_product(
@@ -341,6 +367,7 @@ ENDINGS = (
     {"HAS_BIAS": False, "HAS_SHIFT": False, "HAS_RESIDUAL": True, "HAS_SHORTCUT": False, "STATISTICS": False},
     {"HAS_BIAS": True, "HAS_SHIFT": False, "HAS_RESIDUAL": False, "HAS_SHORTCUT": True, "STATISTICS": False},
     {"HAS_BIAS": False, "HAS_SHIFT": False, "HAS_RESIDUAL": False, "HAS_SHORTCUT": False, "STATISTICS": False},
+    {"HAS_BIAS": True, "HAS_SHIFT": True, "HAS_RESIDUAL": True, "HAS_SHORTCUT": False, "STATISTICS": False},
 )
 IMAGES = ("p_d", "p_y", "p_w", "p_bias", "p_shift", "p_residual", "p_xs", "p_ws")
 
@@ -350,23 +377,21 @@ def precisions(dtype: torch.dtype, nvidia: bool) -> tuple[str, ...]:
     return ("ieee", "tf32") if dtype == torch.float32 and nvidia else ("ieee",)
 
 
+def variants() -> list[tuple[dict[str, bool], bool, bool]]:
+    """Endings; whether they are simple (:func:`is_simple`); whether channels are whole vectors and blocks."""
+    simple = [not (e["HAS_SHORTCUT"] or sum(e.values()) > 2) for e in ENDINGS]
+    whole = [(ending, plain, True) for ending, plain in zip(ENDINGS, simple, strict=True)]
+    return whole + [(ending, plain, False) for ending, plain, _ in whole]
+
+
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The kernel in every config that the launchers may choose: the block's two halves, its shortcut, a backward."""
     found: list[Build] = []
-    for ending in ENDINGS:
+    for ending, simple, whole in variants():
         for precision in precisions(dtype, nvidia):
-            for config in product_configs(dtype, precision, nvidia, 90, ending["HAS_SHORTCUT"]):
-                flags: dict[str, Any] = {**ending, "EVEN_K": True, "TRANSPOSED": not any(ending.values())}
-                listed = common.build(
-                    pointwise_kernel,
-                    dtype,
-                    IMAGES,
-                    config,
-                    ("P", "K", "N", "KS"),
-                    products=dtype != torch.float32 or precision == "tf32",
-                    only=only(config),
-                    PRECISION=precision,
-                    **flags,
-                )
-                found.append(listed)
+            for config in product_configs(dtype, precision, nvidia, 90, simple, whole):
+                flags: dict[str, Any] = {**ending, "EVEN_K": whole, "TRANSPOSED": not any(ending.values())}
+                flags |= {"products": dtype != torch.float32 or precision == "tf32", "only": only(config)}
+                sizes = ("K", "N", "KS") if whole else ()
+                found.append(common.build(pointwise_kernel, dtype, IMAGES, config, sizes, PRECISION=precision, **flags))
     return found

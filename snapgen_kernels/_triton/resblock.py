@@ -12,7 +12,7 @@ from torch import Tensor
 
 from snapgen_kernels._triton import common
 from snapgen_kernels._triton.common import new_channels_last
-from snapgen_kernels._triton.depthwise import Affine
+from snapgen_kernels._triton.depthwise import Affine, by_tap
 from snapgen_kernels._triton.group_norm_silu import merge_moments, moments
 from snapgen_kernels._triton.pointwise import Epilogue, Pair
 from snapgen_kernels._triton.sepconv import Half, into, run
@@ -47,7 +47,7 @@ def forward(
     first = moments(dense, num_groups, eps)
     norm1 = Affine(*first, norm1_weight.contiguous(), norm1_bias.contiguous(), num_groups)
     time = Epilogue(shift=shift.contiguous())
-    found = run(Half(dense, dw1_weight.contiguous(), pw1_weight.contiguous(), None, norm1, time, statistics=True), h)
+    found = run(Half(dense, by_tap(dw1_weight), pw1_weight.contiguous(), None, norm1, time, statistics=True), h)
     assert found is not None
     second = merge_moments(found.part, height * width, found.chunk, num_groups, eps)
     norm2 = Affine(*second, norm2_weight.contiguous(), norm2_bias.contiguous(), num_groups)
@@ -58,5 +58,5 @@ def forward(
         ending = Epilogue(bias=bias, shortcut=Pair(dense, shortcut_weight.contiguous()))
     out = into(y)
     if out.numel():
-        run(Half(h, dw2_weight.contiguous(), pw2_weight.contiguous(), None, norm2, ending), out)
+        run(Half(h, by_tap(dw2_weight), pw2_weight.contiguous(), None, norm2, ending), out)
     return y if out is y else y.copy_(out), h, *first, *second

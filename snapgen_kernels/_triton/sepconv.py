@@ -28,6 +28,7 @@ from snapgen_kernels._triton.common import Build, new_channels_last
 from snapgen_kernels._triton.depthwise import (
     Affine,
     affine,
+    by_tap,
     depthwise,
     nine_taps,
     norm_arguments,
@@ -36,18 +37,21 @@ from snapgen_kernels._triton.depthwise import (
 )
 from snapgen_kernels._triton.group_norm_silu import moments
 from snapgen_kernels._triton.pointwise import (
-    ENDINGS,
     IMAGES,
     Epilogue,
     Moments,
     ProductConfig,
+    are_whole,
     filling,
     finish,
+    is_simple,
     launch_product,
     new_moments,
     only,
+    precisions,
     product,
     product_config,
+    variants,
 )
 from snapgen_kernels.sepconv import new_image, no_statistics, output_size
 
@@ -59,7 +63,7 @@ class Plan(NamedTuple):
     samples: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "HO", "WO", "G", "CG", "tiles"])
 def fused_kernel(
     p_x,
     p_dw,
@@ -145,27 +149,24 @@ FUSED_CONFIGS = (
 )
 FUSED_CONFIGS_FP32 = (ProductConfig(32, 64, 32, 8, 1),)
 
-# The depthwise image of so many bytes stays in the L2 cache between its writing and its reading (an H200 has 60 MB).
-SCRATCH_BYTES = costs.H200.cache
 
-
-def fused_configs(dtype: torch.dtype, capability: int) -> tuple[ProductConfig, ...]:
-    """The fused kernel's candidates, widest first."""
-    configs = FUSED_CONFIGS_FP32 if dtype == torch.float32 else FUSED_CONFIGS
-    return tuple(config for config in configs if only(config) in (0, capability))
+def fused_configs(dtype: torch.dtype, capability: int, simple: bool) -> tuple[ProductConfig, ...]:
+    """The fused kernel's candidates, widest first; ``simple``: see :func:`is_simple`, with no depthwise bias."""
+    if dtype == torch.float32:
+        return FUSED_CONFIGS_FP32
+    return tuple(c for c in FUSED_CONFIGS if only(c) in (0, capability) and (simple or c.block_n <= 128))
 
 
 def samples_at_once(batch: int, sample_bytes: int) -> int:
-    """How many samples' scratch stays in the L2 cache, evenly shared out; 1 where not even one does."""
-    blocks = common.cdiv(batch, max(1, SCRATCH_BYTES // max(sample_bytes, 1)))
-    return common.cdiv(batch, blocks)
+    """How many samples' scratch stays in the L2 cache, evenly shared out; all where not even one's does."""
+    return costs.samples_in_cache(batch, batch * sample_bytes)
 
 
 class Half(NamedTuple):
     """A separable convolution with all that stands around it; tensors are channels_last and dense."""
 
     x: Tensor
-    dw_weight: Tensor
+    taps: Tensor  # [9, C]
     pw_weight: Tensor
     dw_bias: Tensor | None
     norm: Affine | None
@@ -192,7 +193,7 @@ def _split(half: Half, y: Tensor, samples: int) -> Moments | None:
         last = min(first + samples, batch)
         norm = None if half.norm is None else half.norm.samples(first, last)
         d = scratch[: last - first]
-        depthwise(half.x[first:last], half.dw_weight, half.dw_bias, norm, half.stride, half.upsample, d)
+        depthwise(half.x[first:last], half.taps, half.dw_bias, norm, half.stride, half.upsample, d)
         launch_product(d, half.pw_weight, y[first:last], False, ending.samples(first, last), config)
     return moments
 
@@ -210,7 +211,7 @@ def _fused(half: Half, y: Tensor) -> Moments | None:
         last = ending.telling(moments)
         tiles = common.cdiv(pixels, block_m)
         fused_kernel[(batch * tiles * common.cdiv(outputs, block_n),)](
-            x, half.dw_weight, x if half.dw_bias is None else half.dw_bias, *pointers, half.pw_weight, y,
+            x, half.taps, x if half.dw_bias is None else half.dw_bias, *pointers, half.pw_weight, y,
             *last.tensors(y), height, width, *y.shape[2:], channels, groups, per_group, outputs, last.inputs(), tiles,
             **flags, **last.flags(), HAS_DW_BIAS=half.dw_bias is not None, EVEN_K=last.inputs() % block_k == 0,
             PRECISION=common.precision(x.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
@@ -218,14 +219,18 @@ def _fused(half: Half, y: Tensor) -> Moments | None:
         )  # fmt: skip
         return moments
 
-    configs = fused_configs(x.dtype, common.capability(x))
+    configs = fused_configs(x.dtype, common.capability(x), half.dw_bias is None and is_simple(ending))
     default = filling(configs, batch, pixels, outputs, common.processors(x))
-    key = (str(x.dtype), batch, channels, height, width, outputs, half.stride, half.upsample, half.norm is not None)
+    key = (
+        str(x.dtype), batch, channels, height, width, outputs, half.stride, half.upsample, half.norm is not None,
+        half.statistics, ending.inputs(), ending.extras(), common.precision(x.dtype),
+    )  # fmt: skip
     return launch(tuning.choose("fused", key, configs, default, launch))
 
 
 def plans(half: Half) -> tuple[tuple[Plan, ...], Plan]:
-    """The plans that a half may follow, and the one that arithmetic predicts to be fastest."""
+    """The plans that a half may follow, and the one that arithmetic predicts to be fastest. Channels that are no whole
+    vectors are not fused: too many addresses for its registers."""
     batch, channels, height, width = half.x.shape
     size = half.x.element_size()
     _, outputs, *out = half.output()
@@ -233,9 +238,11 @@ def plans(half: Half) -> tuple[tuple[Plan, ...], Plan]:
         batch, channels, outputs, height, width, size, norm=half.norm is not None, stride=half.stride,
         upsample=half.upsample, residual=half.ending.residual is not None, shortcut=half.ending.inputs(),
     )  # fmt: skip
-    rule = Plan(predicted.form == "fused", predicted.samples)
+    fusible = are_whole(channels, outputs, half.ending.inputs())
+    rule = Plan(fusible and predicted.form == "fused", predicted.samples)
     blocked = Plan(False, samples_at_once(batch, channels * out[0] * out[1] * size))
-    return tuple(dict.fromkeys((rule, blocked, Plan(False, batch), Plan(True, batch)))), rule
+    fused = (Plan(True, batch),) if fusible else ()
+    return tuple(dict.fromkeys((rule, blocked, Plan(False, batch), *fused))), rule
 
 
 def run(half: Half, y: Tensor) -> Moments | None:
@@ -247,7 +254,7 @@ def run(half: Half, y: Tensor) -> Moments | None:
 
     key = (
         str(y.dtype), *half.x.shape, y.shape[1], half.stride, half.upsample, half.norm is not None, half.statistics,
-        half.ending.inputs(),
+        half.ending.inputs(), half.ending.residual is not None, half.dw_bias is not None, common.precision(y.dtype),
     )  # fmt: skip
     return follow(tuning.choose("sepconv", key, candidates, default, follow))
 
@@ -291,7 +298,7 @@ def forward(
     run(
         Half(
             dense,
-            dw_weight.contiguous(),
+            by_tap(dw_weight),
             pw_weight.contiguous(),
             None if dw_bias is None else dw_bias.contiguous(),
             norm,
@@ -308,24 +315,16 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The fused kernel in every config that the launcher may choose."""
     images = (*IMAGES[1:], "p_x", "p_dw", "p_dw_bias")
     found: list[Build] = []
-    for config in fused_configs(dtype, 90):
-        for ending in ENDINGS:
-            norm = ending["HAS_SHIFT"] or ending["HAS_RESIDUAL"]
-            flags = {"HAS_NORM": norm, "HAS_DW_BIAS": False, "FAST": norm and nvidia and dtype == torch.bfloat16}
-            shape: dict[str, Any] = {"STRIDE": 1, "UPSAMPLE": not norm, "EVEN_K": True, "PRECISION": "ieee"}
-            sizes, dot = ("C", "N", "KS"), dtype != torch.float32
-            found.append(
-                common.build(
-                    fused_kernel,
-                    dtype,
-                    images,
-                    config,
-                    sizes,
-                    products=dot,
-                    only=only(config),
-                    **flags,
-                    **ending,
-                    **shape,
-                )
-            )
+    for ending, simple, whole in variants():
+        if not whole:
+            continue
+        for precision in precisions(dtype, nvidia):
+            for config in fused_configs(dtype, 90, simple):
+                norm = ending["HAS_SHIFT"] or ending["HAS_RESIDUAL"]
+                for stride in (1,) if norm else (1, 2):
+                    flags: dict[str, Any] = {**ending, "HAS_NORM": norm, "HAS_DW_BIAS": not simple, "EVEN_K": True}
+                    flags |= {"FAST": norm and nvidia and dtype == torch.bfloat16, "PRECISION": precision}
+                    flags |= {"STRIDE": stride, "UPSAMPLE": not norm and stride == 1, "only": only(config)}
+                    flags |= {"products": dtype != torch.float32 or precision == "tf32"}
+                    found.append(common.build(fused_kernel, dtype, images, config, ("C", "N", "KS"), **flags))
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from snapgen_kernels._library import like
 from snapgen_kernels._triton import common, depthwise_backward, norm_backward, tuning, weight_gradient
-from snapgen_kernels._triton.depthwise import Affine, depthwise
+from snapgen_kernels._triton.depthwise import Affine, by_tap, depthwise
 from snapgen_kernels._triton.pointwise import pointwise
 from snapgen_kernels._triton.sepconv import samples_at_once
 
@@ -72,8 +72,10 @@ class Plan(NamedTuple):
 def plans(saved: Saved, dy: Tensor) -> tuple[tuple[Plan, ...], Plan]:
     """The plans that a half may follow, and the rule's choice."""
     batch, channels = saved.x.shape[:2]
-    rule = Plan(samples_at_once(batch, channels * dy.shape[2] * dy.shape[3] * dy.element_size()))
-    return tuple(dict.fromkeys((rule, Plan(batch)))), rule
+    blocked = Plan(samples_at_once(batch, channels * dy.shape[2] * dy.shape[3] * dy.element_size()))
+    # The rule is the whole batch: the CPU launches a block about as fast as the GPU computes it.
+    whole = Plan(batch)
+    return tuple(dict.fromkeys((whole, blocked))), whole
 
 
 def _joined(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
@@ -81,7 +83,9 @@ def _joined(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
     return torch.cat(found, dim) if len(found) > 1 else found[0] if found else None
 
 
-def _inner(saved: Saved, dy: Tensor, wanted: Wanted, samples: int) -> tuple[Tensor, depthwise_backward.Parts]:
+def _inner(
+    saved: Saved, taps: Tensor, dy: Tensor, wanted: Wanted, samples: int
+) -> tuple[Tensor, depthwise_backward.Parts]:
     """da [B, C, H, W], and the parts of what depthwise convolution and norm are to have."""
     x, batch = saved.x, saved.x.shape[0]
     da = torch.empty_like(x, memory_format=torch.channels_last)
@@ -94,7 +98,7 @@ def _inner(saved: Saved, dy: Tensor, wanted: Wanted, samples: int) -> tuple[Tens
             depthwise_backward.gradients(
                 dd,
                 x[some],
-                saved.dw_weight,
+                taps,
                 norm,
                 saved.stride,
                 saved.upsample,
@@ -117,9 +121,10 @@ def half(saved: Saved, dy: Tensor, wanted: Wanted, add: Callable[[], Tensor] | N
         add: gives [B, C, H, W] in channels_last, to be added to the gradient of x; only with a norm. Called last, when
             other scratch memory has been freed.
     """
+    taps = by_tap(saved.dw_weight)
     outer = weight_gradient.parts_of(
         dy,
-        lambda: depthwise(saved.x, saved.dw_weight, saved.dw_bias, saved.norm, saved.stride, saved.upsample),
+        lambda: depthwise(saved.x, taps, saved.dw_bias, saved.norm, saved.stride, saved.upsample),
         wanted.pw_weight,
         wanted.pw_bias or wanted.shift,
     )
@@ -133,7 +138,7 @@ def half(saved: Saved, dy: Tensor, wanted: Wanted, add: Callable[[], Tensor] | N
         return found
 
     def follow(plan: Plan) -> tuple[Tensor, depthwise_backward.Parts]:
-        return _inner(saved, dy, wanted, plan.samples)
+        return _inner(saved, taps, dy, wanted, plan.samples)
 
     candidates, default = plans(saved, dy)
     key = (

@@ -39,7 +39,7 @@ from typing import Any, TypeVar
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from snapgen_kernels import _backend
 
@@ -148,11 +148,11 @@ def _tune(
         raise RuntimeError(f"{kernel} cannot be tuned while a CUDA graph is captured: call warmup(tune=True) before")
     with _measuring:  # two threads at a time would measure each other; launch may choose in turn
         times: dict[C, float] = {}
-        last: OutOfResources | None = None
+        last: Exception | None = None
         for config in candidates:
             try:
                 times[config] = session.timer(partial(launch, config))
-            except OutOfResources as error:
+            except (OutOfResources, PTXASError, torch.OutOfMemoryError) as error:
                 log.info("%s %s: %s does not fit this GPU: %s", kernel, key, config, error)
                 last = error
         if not times:

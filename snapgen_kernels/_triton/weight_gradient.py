@@ -157,10 +157,11 @@ def weight_gradient_kernel(
 def add_parts_kernel(p_parts, p_out, parts, n, inner, s_outer, s_inner, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
     """out[i] = the sum of ``parts`` parts of n values; value i goes to (i // inner) * s_outer + (i % inner) * s_inner.
 
-    Grid: cdiv(n, BLOCK), sets of parts; the outputs of the sets lie side by side.
+    Grid: sets of parts * cdiv(n, BLOCK); the outputs of the sets lie side by side.
     """
-    b_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i_set = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(n, BLOCK)
+    b_i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    i_set = (tl.program_id(0) // blocks).to(tl.int64)
     b_s = tl.arange(0, BLOCK_S)
     p_parts += i_set * parts * n
     b_sum = tl.zeros([BLOCK_S, BLOCK], dtype=tl.float32)
@@ -206,7 +207,7 @@ def add_parts(
     """
     total, n = parts.shape[0] // sets, parts[0].numel()
     config = ADD_CONFIGS[1 if total > 64 and n <= 1 << 16 else 0]
-    add_parts_kernel[(common.cdiv(n, config.block), sets)](
+    add_parts_kernel[(sets * common.cdiv(n, config.block),)](
         parts,
         out,
         total,

@@ -185,6 +185,23 @@ def test_some_gradients_alone(op: str) -> None:
         torch.testing.assert_close(dict(zip(names, found, strict=True)), {n: full[f"gradient of {n}"] for n in names})
 
 
+FUSED = {
+    "up": Case("sepconv", "up", {"B": 2, "C": 16, "H": 5, "W": 6, "O": 32, "upsample": 1, "bias": 1}),
+    "down": Case("sepconv", "down", {"B": 1, "C": 32, "H": 9, "W": 7, "O": 16, "stride": 2}),
+    "block": Case("resblock", "block", {"B": 2, "C": 16, "M": 48, "O": 32, "H": 7, "W": 9, "G": 4}),
+}
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", FUSED.values(), ids=lambda case: f"{case.op}-{case.name}")
+def test_both_steps_in_one_kernel(case: Case, dtype: torch.dtype) -> None:
+    from snapgen_kernels._triton import sepconv, tuning
+
+    with tuning.forced("sepconv", sepconv.Plan(True, 1)):
+        checks.check_gradients(_once(replace(case, dtype=dtype)), function=case.spec.registered)
+
+
 @inside
 @pytest.mark.parametrize("op", ["sepconv", "resblock"])
 def test_one_tanh_for_a_sigmoid(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
