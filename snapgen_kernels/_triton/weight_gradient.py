@@ -273,13 +273,14 @@ class Parts(NamedTuple):
     sums: Tensor | None
 
 
-def weight_parts(dy: Tensor, d: Tensor, sums: bool) -> Parts:
+def weight_parts(dy: Tensor, d: Tensor, sums: bool, precision: str | None = None) -> Parts:
     """Parts of dy^T d, and of the sums of dy where ``sums``.
 
-    dy [B, O, H, W] and d [B, C, H, W] in channels_last, not empty.
+    dy [B, O, H, W] and d [B, C, H, W] in channels_last, not empty. ``precision``: ``input_precision`` of the product;
+    None: a convolution's.
     """
     batch, outputs, height, width = dy.shape
-    channels, precision = d.shape[1], common.precision(dy.dtype)
+    channels, precision = d.shape[1], precision or common.precision(dy.dtype)
 
     def launch(config: Config) -> Parts:
         splits = _splits(config, dy, channels)

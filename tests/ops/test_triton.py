@@ -31,6 +31,7 @@ FILES = {
     "group_norm_silu": ("group_norm_silu", "group_norm_silu"),
     "sepconv": ("sepconv", "sepconv_backward"),
     "resblock": ("resblock", "resblock_backward"),
+    "geglu": ("geglu", "geglu"),
 }
 WRITTEN = [
     op
@@ -39,9 +40,10 @@ WRITTEN = [
 ]
 # One process each, so that they run side by side.
 GROUPS = {
-    "group_norm_silu": "not sepconv and not resblock",
+    "group_norm_silu": "not sepconv and not resblock and not geglu",
     "sepconv": "sepconv",
     "resblock": "resblock and not sepconv",
+    "geglu": "geglu",
 }
 
 # Few pixels but in "long": the interpreter sums an axis one by one in fp32, where a GPU adds in a tree.
@@ -70,6 +72,14 @@ SIZES = {
         "wide": {"B": 1, "C": 72, "M": 144, "O": 72, "H": 7, "W": 10, "G": 8},
     },
 }
+SIZES["geglu"] = {
+    "small": {"B": 2, "N": 5, "C": 12, "F": 7},
+    "no-bias": {"B": 1, "N": 3, "C": 8, "F": 16, "bias": 0},
+    "not-kept": {"B": 3, "N": 37, "C": 70, "F": 45, "keep": 0},
+    "not-kept-no-bias": {"B": 1, "N": 9, "C": 33, "F": 12, "keep": 0, "bias": 0},
+    "one-token": {"B": 1, "N": 1, "C": 1, "F": 1},
+    "wide": {"B": 1, "N": 150, "C": 136, "F": 140},
+}
 # Whose memory format changes what is launched: every size runs contiguous too.
 BOTH_FORMATS = ("group_norm_silu",)
 launched: list[str] = []
@@ -91,9 +101,11 @@ def _cases(op: str) -> Iterator[Case]:
     cheap = op == "group_norm_silu"
     for name, dims in SIZES[op].items():
         # The worst of few elements is luck, so that few pixels need many draws.
-        case = Case(op, name, dims) if cheap or name in ("all", "one-pixel") else _once(Case(op, name, dims))
+        few = name in ("all", "one-pixel", "one-token") or (op == "geglu" and name == "small")
+        case = Case(op, name, dims) if cheap or few else _once(Case(op, name, dims))
         yield from (replace(case, layout=layout) for layout in LAYOUTS[: 2 if op in BOTH_FORMATS else 1])
-    for name in ("small", "long") if cheap else ("all", "stride", "upsample", "shortcut", "same"):
+    narrow = ("small", "long", "not-kept") if cheap or op == "geglu" else ("all", "stride", "upsample", "shortcut", "same")
+    for name in narrow:
         if name in SIZES[op]:
             yield from (_once(Case(op, name, SIZES[op][name], dtype)) for dtype in NARROW)
     for layout in LAYOUTS[2 if op in BOTH_FORMATS else 1 :]:
