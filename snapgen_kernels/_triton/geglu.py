@@ -163,13 +163,14 @@ def geglu_kernel(
     )
     b_f = i_f * BLOCK_F + tl.arange(0, BLOCK_F)
     m = m_m[:, None] & (b_f < F)[None, :]
+    # y first: with h stored before it, the widest tile spills.
+    b_y = b_value * (b_gate * normal(b_gate))
+    tl.store(p_y + i_token * F + b_m[:, None] * F + b_f[None, :], b_y.to(p_y.dtype.element_ty), mask=m)
     if KEEP:
         p_h += i_token * 2 * F
         b_at = b_m[:, None] * (2 * F) + b_f[None, :]
         tl.store(p_h + b_at, b_value.to(p_h.dtype.element_ty), mask=m)
         tl.store(p_h + F + b_at, b_gate.to(p_h.dtype.element_ty), mask=m)
-    b_y = b_value * (b_gate * normal(b_gate))
-    tl.store(p_y + i_token * F + b_m[:, None] * F + b_f[None, :], b_y.to(p_y.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -278,13 +279,16 @@ def only(config: Config) -> int:
     return 90 if config.block_f > 64 else 0
 
 
-def configs_for(dtype: torch.dtype, precision: str, nvidia: bool, capability: int) -> tuple[Config, ...]:
-    """The candidates, widest first."""
+def configs_for(
+    dtype: torch.dtype, precision: str, nvidia: bool, capability: int, gradient: bool
+) -> tuple[Config, ...]:
+    """The candidates, widest first; ``gradient``: of a product that ends in dh, which takes more registers."""
     if dtype == torch.float32:
         return CONFIGS_TF32 if precision == "tf32" else CONFIGS_FP32
     if not nvidia:
         return CONFIGS_HIP
-    return tuple(config for config in CONFIGS if only(config) in (0, capability))
+    widest = 64 if gradient else 128
+    return tuple(c for c in CONFIGS if only(c) in (0, capability) and c.block_f <= widest)
 
 
 def _filling(configs: tuple[Config, ...], tokens: int, features: int, processors: int) -> Config:
@@ -296,10 +300,10 @@ def _filling(configs: tuple[Config, ...], tokens: int, features: int, processors
     return configs[-1]
 
 
-def _choose(kernel: str, call: Call, flag: bool, launch: Any) -> Config:
+def _choose(kernel: str, call: Call, gradient: bool, flag: bool, launch: Any) -> Config:
     tokens, channels, features = call.sizes
     dtype, precision = call.x.dtype, common.linear_precision(call.x.dtype)
-    configs = configs_for(dtype, precision, torch.version.hip is None, common.capability(call.x))
+    configs = configs_for(dtype, precision, torch.version.hip is None, common.capability(call.x), gradient)
     default = _filling(configs, tokens, features, common.processors(call.x))
     key = (str(dtype), precision, tokens, channels, features, call.bias is not None, flag)
     return tuning.choose(kernel, key, configs, default, launch)
@@ -347,7 +351,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple
         def launch(config: Config) -> None:
             _launch(geglu_kernel, call, (y, h if keep else y), config, KEEP=keep)
 
-        launch(_choose("geglu", call, keep, launch))
+        launch(_choose("geglu", call, False, keep, launch))
     return y, h
 
 
@@ -360,7 +364,7 @@ def _anew(call: Call, dy: Tensor, dh: Tensor, sums: bool) -> Tensor | None:
         _launch(geglu_anew_gradient_kernel, call, outputs, config, SUMS=sums)
         return parts
 
-    return launch(_choose("geglu_anew_gradient", call, sums, launch))
+    return launch(_choose("geglu_anew_gradient", call, True, sums, launch))
 
 
 def _of_kept(h: Tensor, dy: Tensor, dh: Tensor, sums: bool) -> Tensor | None:
@@ -420,17 +424,26 @@ def backward(
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """Every kernel of this file in every config that its launchers may choose, as the model calls them."""
     found: list[Build] = []
-    for precision in precisions(dtype, nvidia):
-        for config in configs_for(dtype, precision, nvidia, 90):
-            flags: dict[str, Any] = dict(HAS_BIAS=True, EVEN_K=True, PRECISION=precision)
-            common_ = dict(products=dtype != torch.float32 or precision == "tf32", only=only(config))
-            images: tuple[str, ...] = ("p_x", "p_w", "p_bias", "p_y", "p_h")
-            for keep in (False, True):
-                found.append(common.build(geglu_kernel, dtype, images, config, ("K", "F"), KEEP=keep, **common_, **flags))
-            images = ("p_x", "p_w", "p_bias", "p_dy", "p_dh")
-            found.append(
-                common.build(geglu_anew_gradient_kernel, dtype, images, config, ("K", "F"), SUMS=True, **common_, **flags)
-            )
+    outputs: dict[Any, tuple[tuple[str, ...], str]] = {
+        geglu_kernel: (("p_y", "p_h"), "KEEP"),
+        geglu_anew_gradient_kernel: (("p_dy", "p_dh"), "SUMS"),
+    }
+    for kernel, (images, flag) in outputs.items():
+        for precision in precisions(dtype, nvidia):
+            for config in configs_for(dtype, precision, nvidia, 90, flag == "SUMS"):
+                for value in (False, True):
+                    flags: dict[str, Any] = {"HAS_BIAS": True, flag: value, "EVEN_K": True, "PRECISION": precision}
+                    listed = common.build(
+                        kernel,
+                        dtype,
+                        ("p_x", "p_w", "p_bias", *images),
+                        config,
+                        ("K", "F"),
+                        products=dtype != torch.float32 or precision == "tf32",
+                        only=only(config),
+                        **flags,
+                    )
+                    found.append(listed)
     for shape in GRADIENT_CONFIGS:
         for sums in (False, True):
             images = ("p_h", "p_dy", "p_dh")
