@@ -39,8 +39,8 @@ CONFIGS = (Config(16, 32, 4), Config(8, 64, 4))
 # Programs of one sample: two for each multiprocessor of the largest GPUs. A constant, so that a sample's gradient
 # depends neither on the GPU nor on the rest of its batch.
 MIN_PROGRAMS = 264
-# Rows of a program, at least: two more are read.
-MIN_ROWS = 8
+# Rows of a program: with few, the two more that are read weigh; with many, the last programs leave the GPU half idle.
+MIN_ROWS, MAX_ROWS = 8, 64
 
 
 @triton.jit
@@ -332,9 +332,10 @@ def gradients(
     groups = 1 if norm is None else norm.num_groups
 
     def launch(config: Config) -> Parts:
-        blocks_w, blocks_c = triton.cdiv(columns, config.block_w), triton.cdiv(channels, config.block_c)
-        rows = min(max(rows_all // triton.cdiv(MIN_PROGRAMS, blocks_w * blocks_c), MIN_ROWS), rows_all)
-        chunks = triton.cdiv(rows_all, rows)
+        blocks_w, blocks_c = common.cdiv(columns, config.block_w), common.cdiv(channels, config.block_c)
+        filling = rows_all // common.cdiv(MIN_PROGRAMS, blocks_w * blocks_c)
+        rows = min(max(filling, MIN_ROWS), MAX_ROWS, rows_all)
+        chunks = common.cdiv(rows_all, rows)
         parts = chunks * blocks_w
         found = Parts(
             new_parts(x, batch * parts, 10 if in_bias else 9, channels) if in_weight or in_bias else None,
@@ -350,7 +351,8 @@ def gradients(
         )  # fmt: skip
         return found
 
-    key = (str(x.dtype), *x.shape, stride, upsample, norm is not None, in_weight, in_bias)
+    # Not of the batch: blocks of samples, of which the last may be smaller, must have the same parts.
+    key = (str(x.dtype), *x.shape[1:], stride, upsample, norm is not None, in_weight, in_bias)
     default = _narrowest(CONFIGS, columns)
     return launch(tuning.choose("depthwise_backward", key, CONFIGS, default, launch))
 

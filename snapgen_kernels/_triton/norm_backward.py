@@ -131,9 +131,9 @@ def gradient(x: Tensor, da: Tensor, add: Tensor | None, norm: Affine, means: Ten
     pixels = height * width
 
     def launch(config: Config, dx: Tensor) -> None:
-        steps, blocks_c = triton.cdiv(pixels, config.block_p), triton.cdiv(channels, config.block_c)
-        tiles = min(triton.cdiv(steps * batch * blocks_c, 16 * common.processors(x)), MAX_TILES)
-        chunks = triton.cdiv(steps, tiles)
+        steps, blocks_c = common.cdiv(pixels, config.block_p), common.cdiv(channels, config.block_c)
+        tiles = min(common.cdiv(steps * batch * blocks_c, 16 * common.processors(x)), MAX_TILES)
+        chunks = common.cdiv(steps, tiles)
         norm_gradient_kernel[(batch * chunks * blocks_c,)](
             x, da, add, dx, norm.weight, norm.bias, norm.mean, norm.rstd, means[0], means[1],
             channels, pixels, norm.num_groups, channels // norm.num_groups, tiles, chunks,
@@ -166,7 +166,7 @@ def parameters(sums: Tensor, norm: Affine) -> tuple[Tensor, Tensor]:
     """The gradients of the norm's weight and bias of the sums over the pixels, [2, B, C]."""
     dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
     _, batch, channels = sums.shape
-    kernels.parameters_kernel[(triton.cdiv(channels, 64),)](
+    kernels.parameters_kernel[(common.cdiv(channels, 64),)](
         sums[0], sums[1], dweight, dbias, batch, channels, BLOCK_B=16, BLOCK_C=64, num_warps=4
     )
     return dweight, dbias

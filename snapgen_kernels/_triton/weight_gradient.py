@@ -206,7 +206,7 @@ def add_parts(
     """
     total, n = parts.shape[0] // sets, parts[0].numel()
     config = ADD_CONFIGS[1 if total > 64 and n <= 1 << 16 else 0]
-    add_parts_kernel[(triton.cdiv(n, config.block), sets)](
+    add_parts_kernel[(common.cdiv(n, config.block), sets)](
         parts,
         out,
         total,
@@ -236,9 +236,9 @@ def _fitting(configs: Sequence[Config], outputs: int, channels: int) -> Config:
 
 
 def _splits(config: Config, dy: Tensor, channels: int) -> int:
-    """How many splits fill the GPU with programs, by shape alone."""
+    """How many splits fill the GPU with programs: a function of the shape and the GPU."""
     batch, outputs, height, width = dy.shape
-    tiles = triton.cdiv(outputs, config.block_o) * triton.cdiv(channels, config.block_c)
+    tiles = common.cdiv(outputs, config.block_o) * common.cdiv(channels, config.block_c)
     programs = min(MAX_PROGRAMS, VALUES // (config.block_o * config.block_c)) * common.processors(dy)
     return max(1, min(programs // tiles, batch * height * width // MIN_PIXELS))
 
@@ -247,9 +247,9 @@ def channel_sums(x: Tensor) -> Tensor:
     """Parts of the sums over pixels of ``x`` [B, C, H, W] (channels_last): [B * chunks, C]."""
     batch, channels, height, width = x.shape
     config = SUMS_CONFIGS[0 if channels > 64 else 1]
-    steps, blocks_c = triton.cdiv(height * width, config.block_p), triton.cdiv(channels, config.block_c)
-    tiles = triton.cdiv(steps * batch * blocks_c, 8 * common.processors(x))
-    chunks = triton.cdiv(steps, tiles)
+    steps, blocks_c = common.cdiv(height * width, config.block_p), common.cdiv(channels, config.block_c)
+    tiles = common.cdiv(steps * batch * blocks_c, 8 * common.processors(x))
+    chunks = common.cdiv(steps, tiles)
     sums = new_parts(x, batch * chunks, channels)
     channel_sums_kernel[(batch * chunks * blocks_c,)](
         x,
@@ -288,11 +288,11 @@ def weight_parts(dy: Tensor, d: Tensor, sums: bool, precision: str | None = None
         # are cheaper in a pass of their own.
         inside = sums and splits >= batch and precision != "tf32"
         samples, pixels = (batch, height * width) if inside else (1, batch * height * width)
-        chunk = triton.cdiv(triton.cdiv(pixels, max(1, splits // samples)), config.block_p) * config.block_p
-        chunks = triton.cdiv(pixels, chunk)
+        chunk = common.cdiv(common.cdiv(pixels, max(1, splits // samples)), config.block_p) * config.block_p
+        chunks = common.cdiv(pixels, chunk)
         parts = new_parts(dy, samples * chunks, outputs, channels)
         found = new_parts(dy, samples * chunks, outputs) if inside else None
-        tiles = triton.cdiv(outputs, config.block_o) * triton.cdiv(channels, config.block_c)
+        tiles = common.cdiv(outputs, config.block_o) * common.cdiv(channels, config.block_c)
         weight_gradient_kernel[(samples * chunks * tiles,)](
             dy,
             d,
@@ -347,6 +347,8 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                         config,
                         ("OUT", "C", "chunk"),
                         products=dtype != torch.float32 or precision == "tf32",
+                        # Hopper multiplies tf32 with pixels side by side only: tiles are turned as they are copied.
+                        vector=4 if precision == "tf32" else 16,
                         **flags,
                     )
                 )
