@@ -41,6 +41,14 @@ _GPU_RESBLOCK = {
     "sepconv": ("256ch-128-b8", "512ch-64-b8", "896ch-32-b8", "down-256-b8", "up-512-b8"),
 }
 
+# --suite attention on a GPU: the ops of the transformer blocks, at the sizes of the goals.
+_GPU_ATTENTION = {
+    "qk_norm_rope": ("self-14x64-1024-b16",),
+    "attention": ("self-14x64-1024-b16", "cross-8x64-4096-333-b4", "cross-4x64-16384-333-b4"),
+    "geglu": ("896-2688-1024-b16",),
+}
+_GPU_SUITES = {"resblock": _GPU_RESBLOCK, "attention": _GPU_ATTENTION}
+
 # --quick: the stages of the model where one op alone is quick, and one shape of the rest.
 _QUICK = {
     "group_norm_silu": ("256ch-128", "512ch-64", "896ch-32", "tiny-train"),
@@ -55,7 +63,7 @@ _QUICK = {
 # A GPU trains with batches; batch 1 is what it samples with.
 _GPU_BATCHES = {"group_norm_silu": (16,), "decoder_block": ()}
 _GPU_BATCH = (8,)
-_BATCH = re.compile(r"-b\d+$")  # at the end of a name
+_BATCH = re.compile(r"-b(\d+)$")  # at the end of a name
 
 # An attention backward has five products for the forward's two (the scores are computed again); a convolution or a
 # linear layer has two for one.
@@ -69,8 +77,9 @@ def named(suite: tuple[str, ...], device: str) -> tuple[tuple[str, ...], Subset 
     """The ops and models that the entries of ``--suite`` stand for, and which of their cases (None: all)."""
     if suite == ("readme",):
         return tuple(_README), _README
-    if suite == ("resblock",) and device == "cuda":
-        return tuple(_GPU_RESBLOCK), _GPU_RESBLOCK
+    if device == "cuda" and len(suite) == 1 and suite[0] in _GPU_SUITES:
+        subset = _GPU_SUITES[suite[0]]
+        return tuple(subset), subset
     sets = {"all": (*OPS, *MODELS), "ops": OPS, "models": MODELS, "readme": tuple(_README)}
     return tuple(dict.fromkeys(name for entry in suite for name in sets.get(entry, (entry,)))), None
 
@@ -103,8 +112,8 @@ def select(
         if quick and not small:
             cases = [case for case in cases if case.name in _QUICK[op]]
         elif device == "cuda" and not small:
-            for batch in _GPU_BATCHES.get(op, _GPU_BATCH):
-                single = [case for case in cases if case.dims["B"] == 1]
+            single = [case for case in cases if case.dims["B"] == 1]
+            for batch in _batches(op, subset):
                 cases += [replace(c, name=f"{c.name}-b{batch}", dims={**c.dims, "B": batch}) for c in single]
         if subset is not None and not small:
             cases = [case for case in cases if {case.name, _BATCH.sub("", case.name)} & {*subset[op]}]
@@ -113,6 +122,12 @@ def select(
         turn = {id(case): [c.op for c in chosen[:index]].count(case.op) for index, case in enumerate(chosen)}
         chosen.sort(key=lambda case: turn[id(case)] // len(dtypes))
     return chosen
+
+
+def _batches(op: str, subset: Subset | None) -> tuple[int, ...]:
+    """The batches in which a GPU runs the cases of one sample: the usual ones, and those that the subset names."""
+    found = [] if subset is None else [_BATCH.search(name) for name in subset[op]]
+    return tuple(dict.fromkeys((*_GPU_BATCHES.get(op, _GPU_BATCH), *(int(match[1]) for match in found if match))))
 
 
 @dataclass(frozen=True)
