@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench import models
+from bench import blocks, models
 from bench.models import MODELS, ModelCase
 from snapgen_kernels.testing import CASES, SPECS, Case
 
@@ -17,6 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MODES = ("fwd", "train")
 OPS = tuple(SPECS)
+BLOCKS = (blocks.NAME,)
 SUITES = ("all", "ops", "models", "readme")
 
 # --suite readme: what the README's tables show, every op at the model's own shapes and every whole model.
@@ -46,6 +47,7 @@ _GPU_ATTENTION = {
     "qk_norm_rope": ("self-14x64-1024-b16",),
     "attention": ("self-14x64-1024-b16", "cross-8x64-4096-333-b4", "cross-4x64-16384-333-b4"),
     "geglu": ("896-2688-1024-b16",),
+    "transformer_block": ("896ch-1024-b16",),
 }
 _GPU_SUITES = {"resblock": _GPU_RESBLOCK, "attention": _GPU_ATTENTION}
 
@@ -108,9 +110,10 @@ def select(
     """The op cases to run, in the order of the ops."""
     chosen: list[Case] = []
     for op in ops:
-        cases = [c for c in CASES[op] if c.bench != small and c.dtype == torch.float32 and c.layout == "channels_last"]
+        every = blocks.CASES if op in BLOCKS else CASES[op]
+        cases = [c for c in every if c.bench != small and c.dtype == torch.float32 and c.layout == "channels_last"]
         if quick and not small:
-            cases = [case for case in cases if case.name in _QUICK[op]]
+            cases = [case for case in cases if case.name in _QUICK.get(op, ())]
         elif device == "cuda" and not small:
             single = [case for case in cases if case.dims["B"] == 1]
             for batch in _batches(op, subset):

@@ -138,6 +138,9 @@ def _of_transformers() -> list[Goal]:
     ):
         found += _some(path + "forward", op, case, "fwd", "bf16", peer=ratio)
         found += _some(path + "forward and backward", op, case, "fwd+bwd", "bf16", peer=ratio)
+    op, case, path = "transformer_block", "896ch-1024-b16", "transformer block, 896 channels, 1024 tokens, batch 16, "
+    found += _some(path + "forward", op, case, "fwd", "bf16", peer=1.3)
+    found += _some(path + "forward and backward", op, case, "fwd+bwd", "bf16", peer=1.25)
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import cases, goals
+from bench import blocks, cases, goals, limits
 from bench.providers import Unusable, all_providers, liger, sdpa
 from bench.providers.flex import Flex, attend
 from bench.providers.liger import Liger
@@ -33,6 +33,41 @@ def test_the_suite_of_attention_is_what_has_goals() -> None:
     for case in chosen:
         assert case.name.endswith(f"-b{case.dims['B']}") and case.name in text
     assert cases.named(("attention",), "cpu") == (("attention",), None), "on a CPU it is the op"
+
+
+def test_a_block_is_the_models() -> None:
+    """Given its weights, and with our ops or PyTorch's."""
+    from snapgen.layers import TransformerBlock
+
+    case = next(case for case in blocks.CASES if not case.bench)
+    d, inputs = case.dims, case.inputs()
+    kind: dict[str, Any] = dict(self_attention=True, ff_ratio=d["F"] / d["C"], kv_heads="one", qk_norm=True)
+    model = TransformerBlock(d["C"], d["T"], d["H"], head_dim=d["D"], **kind)
+    names = {"ff.proj_in.weight": "in_weight", "ff.proj_in.bias": "in_bias"}
+    names |= {f"ff.proj_out.{kind}": f"out3_{kind}" for kind in ("weight", "bias")}
+    for number in "123":
+        names |= {f"norm{number}.{kind}": f"norm{number}_{kind}" for kind in ("weight", "bias")}
+    for number in "12":
+        names |= {f"attn{number}.to_{part}.weight": f"{part}{number}" for part in "qkv"}
+        names |= {f"attn{number}.norm_{part}.weight": f"{part}{number}_norm" for part in "qk"}
+        names |= {f"attn{number}.to_out.{kind}": f"out{number}_{kind}" for kind in ("weight", "bias")}
+    model.load_state_dict({theirs: inputs[ours] for theirs, ours in names.items()})
+    assert set(names.values()) == set(blocks.OP.differentiable) - {"x"}
+    right = model(inputs["x"], inputs["context"], None, (inputs["cos"], inputs["sin"]))
+    for function in (case.spec.public, case.spec.eager, case.spec.reference):
+        torch.testing.assert_close(function(inputs), right)
+    checks.check_gradients(case)
+
+
+def test_a_block_has_costs_and_is_tuned_as_its_ops() -> None:
+    for case in blocks.CASES:
+        found = cases.costs(case)
+        assert limits.assumed("cuda").floor_ms(found["fwd"], case.dtype) > 0
+        assert found["fwd"].bytes < found["bwd"].bytes
+        inside = [Case(op, "inside", dims) for op, dims in case.parts()]
+        products = sum(part.cost()[0] for part in inside)
+        assert products < found["fwd"].flops < 4 * products
+        assert {part.op for part in inside} == set(case.ops)
 
 
 def test_peers_say_what_they_take() -> None:
