@@ -48,6 +48,10 @@ VALUES = 2 * 128 * 128
 MAX_PROGRAMS = 4
 # Pixels of a split, at least: below, reading and adding the parts outweighs the product.
 MIN_PIXELS = 256
+# Pixels whose products take as long as a part does to be written and read, by arithmetic: 2 FLOPs a pixel and weight at
+# 790 TFLOP/s against 8 bytes a weight at 4.3 TB/s.
+PART_PIXELS = 735
+MAX_SPLITS = 8  # where there are more tiles than programs
 # Columns of ones that add up dy on the tensor cores: the narrowest product that there is.
 ONES = tl.constexpr(16)
 
@@ -240,7 +244,20 @@ def _splits(config: Config, dy: Tensor, channels: int) -> int:
     batch, outputs, height, width = dy.shape
     tiles = common.cdiv(outputs, config.block_o) * common.cdiv(channels, config.block_c)
     programs = min(MAX_PROGRAMS, VALUES // (config.block_o * config.block_c)) * common.processors(dy)
-    return max(1, min(programs // tiles, batch * height * width // MIN_PIXELS))
+    pixels = batch * height * width
+    most = max(1, pixels // MIN_PIXELS)
+    return min(programs // tiles, most) if tiles <= programs else _even(tiles, programs, pixels, min(MAX_SPLITS, most))
+
+
+def _even(tiles: int, programs: int, pixels: int, most: int) -> int:
+    """Splits of more tiles than run at once: the fewer programs are left for the last round, the longer the GPU waits
+    for them, and the more parts there are, the more memory they take time for."""
+
+    def seconds(splits: int) -> float:
+        rounds = common.cdiv(tiles * splits, programs) * programs / (tiles * splits)
+        return rounds + splits * PART_PIXELS / max(pixels, 1)
+
+    return min(range(1, most + 1), key=seconds)
 
 
 def channel_sums(x: Tensor) -> Tensor:

@@ -293,3 +293,16 @@ def test_geglu_in_tf32_only_where_linear_layers_are() -> None:
     finally:
         matmul.fp32_precision = before
     assert before != "tf32" and found == [["ieee", "ieee"], ["tf32", "ieee"]]
+
+
+@inside
+def test_geglu_splits_its_weight_gradient_so_that_no_round_is_nearly_empty() -> None:
+    """Of the model's widest weight: 147 tiles for 132 multiprocessors."""
+    from snapgen_kernels._triton import weight_gradient
+
+    config = weight_gradient.Config(256, 128, 32, 8, 4)
+    few, many = (torch.empty((1, 5376, tokens, 1), device="meta") for tokens in (300, 16384))
+    assert weight_gradient._splits(config, few, 896) == 1
+    splits = weight_gradient._splits(config, many, 896)
+    rounds = 147 * splits / 132
+    assert 1 < splits <= weight_gradient.MAX_SPLITS and rounds / -(-rounds // 1) > 0.85
