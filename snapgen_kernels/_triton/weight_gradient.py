@@ -243,7 +243,7 @@ def _splits(config: Config, dy: Tensor, channels: int) -> int:
     """How many splits fill the GPU with programs: a function of the shape and the GPU."""
     batch, outputs, height, width = dy.shape
     tiles = common.cdiv(outputs, config.block_o) * common.cdiv(channels, config.block_c)
-    programs = min(MAX_PROGRAMS, VALUES // (config.block_o * config.block_c)) * common.processors(dy)
+    programs = max(1, min(MAX_PROGRAMS, VALUES // (config.block_o * config.block_c)) * common.processors(dy))
     pixels = batch * height * width
     most = max(1, pixels // MIN_PIXELS)
     return min(programs // tiles, most) if tiles <= programs else _even(tiles, programs, pixels, min(MAX_SPLITS, most))
@@ -255,7 +255,7 @@ def _even(tiles: int, programs: int, pixels: int, most: int) -> int:
 
     def seconds(splits: int) -> float:
         rounds = common.cdiv(tiles * splits, programs) * programs / (tiles * splits)
-        return rounds + splits * PART_PIXELS / max(pixels, 1)
+        return rounds + splits * PART_PIXELS / pixels
 
     return min(range(1, most + 1), key=seconds)
 
