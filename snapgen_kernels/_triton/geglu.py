@@ -19,11 +19,10 @@ dweight = dh^T x       4 T C F             (2 T F + T C + 2 F C) e        0.20 m
 =====================  ==================  =============================  ========  =======
 
 So h is worth its memory: writing it hides behind the forward's product, and reading it takes half the time of the
-product that would give it again. dh is written once for its two products, whose operands they then fetch without a
-thread's help. Computed while they load, it would save its own pass and cost each of them the error function of every
-element once per column of tiles, between the tensor cores' operands. Where h is not kept, the product that
-gives it again ends in dh, and h is never written. The sums over tokens for dbias are taken where dh is made, a part for
-each program, and added in a fixed order.
+product that would give it again. dh has a pass of its own before the two products that read it: made as they load, it
+would cost them the error function of every element once per column of tiles, in registers that are on the way to the
+tensor cores. Where h is not kept, the product that gives it again ends in dh, and h is never written. The sums over
+tokens for dbias are taken where dh is made, a part for each program, and added in a fixed order.
 """
 
 from __future__ import annotations
