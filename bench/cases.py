@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench import models
+from bench import blocks, models
 from bench.models import MODELS, ModelCase
 from snapgen_kernels.testing import CASES, SPECS, Case
 
@@ -17,6 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MODES = ("fwd", "train")
 OPS = tuple(SPECS)
+BLOCKS = (blocks.NAME,)
 SUITES = ("all", "ops", "models", "readme")
 
 # --suite readme: what the README's tables show, every op at the model's own shapes and every whole model.
@@ -41,6 +42,15 @@ _GPU_RESBLOCK = {
     "sepconv": ("256ch-128-b8", "512ch-64-b8", "896ch-32-b8", "down-256-b8", "up-512-b8"),
 }
 
+# --suite attention on a GPU: the ops of the transformer blocks, at the sizes of the goals.
+_GPU_ATTENTION = {
+    "qk_norm_rope": ("self-14x64-1024-b16",),
+    "attention": ("self-14x64-1024-b16", "cross-8x64-4096-333-b4", "cross-4x64-16384-333-b4"),
+    "geglu": ("896-2688-1024-b16",),
+    "transformer_block": ("896ch-1024-b16",),
+}
+_GPU_SUITES = {"resblock": _GPU_RESBLOCK, "attention": _GPU_ATTENTION}
+
 # --quick: the stages of the model where one op alone is quick, and one shape of the rest.
 _QUICK = {
     "group_norm_silu": ("256ch-128", "512ch-64", "896ch-32", "tiny-train"),
@@ -55,7 +65,7 @@ _QUICK = {
 # A GPU trains with batches; batch 1 is what it samples with.
 _GPU_BATCHES = {"group_norm_silu": (16,), "decoder_block": ()}
 _GPU_BATCH = (8,)
-_BATCH = re.compile(r"-b\d+$")  # at the end of a name
+_BATCH = re.compile(r"-b(\d+)$")  # at the end of a name
 
 # An attention backward has five products for the forward's two (the scores are computed again); a convolution or a
 # linear layer has two for one.
@@ -69,8 +79,9 @@ def named(suite: tuple[str, ...], device: str) -> tuple[tuple[str, ...], Subset 
     """The ops and models that the entries of ``--suite`` stand for, and which of their cases (None: all)."""
     if suite == ("readme",):
         return tuple(_README), _README
-    if suite == ("resblock",) and device == "cuda":
-        return tuple(_GPU_RESBLOCK), _GPU_RESBLOCK
+    if device == "cuda" and len(suite) == 1 and suite[0] in _GPU_SUITES:
+        subset = _GPU_SUITES[suite[0]]
+        return tuple(subset), subset
     sets = {"all": (*OPS, *MODELS), "ops": OPS, "models": MODELS, "readme": tuple(_README)}
     return tuple(dict.fromkeys(name for entry in suite for name in sets.get(entry, (entry,)))), None
 
@@ -99,12 +110,13 @@ def select(
     """The op cases to run, in the order of the ops."""
     chosen: list[Case] = []
     for op in ops:
-        cases = [c for c in CASES[op] if c.bench != small and c.dtype == torch.float32 and c.layout == "channels_last"]
+        every = blocks.CASES if op in BLOCKS else CASES[op]
+        cases = [c for c in every if c.bench != small and c.dtype == torch.float32 and c.layout == "channels_last"]
         if quick and not small:
-            cases = [case for case in cases if case.name in _QUICK[op]]
+            cases = [case for case in cases if case.name in _QUICK.get(op, ())]
         elif device == "cuda" and not small:
-            for batch in _GPU_BATCHES.get(op, _GPU_BATCH):
-                single = [case for case in cases if case.dims["B"] == 1]
+            single = [case for case in cases if case.dims["B"] == 1]
+            for batch in _batches(op, subset):
                 cases += [replace(c, name=f"{c.name}-b{batch}", dims={**c.dims, "B": batch}) for c in single]
         if subset is not None and not small:
             cases = [case for case in cases if {case.name, _BATCH.sub("", case.name)} & {*subset[op]}]
@@ -113,6 +125,12 @@ def select(
         turn = {id(case): [c.op for c in chosen[:index]].count(case.op) for index, case in enumerate(chosen)}
         chosen.sort(key=lambda case: turn[id(case)] // len(dtypes))
     return chosen
+
+
+def _batches(op: str, subset: Subset | None) -> tuple[int, ...]:
+    """The batches in which a GPU runs the cases of one sample: the usual ones, and those that the subset names."""
+    found = [] if subset is None else [_BATCH.search(name) for name in subset[op]]
+    return tuple(dict.fromkeys((*_GPU_BATCHES.get(op, _GPU_BATCH), *(int(match[1]) for match in found if match))))
 
 
 @dataclass(frozen=True)

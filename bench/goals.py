@@ -122,6 +122,25 @@ def _on_gpus() -> list[Goal]:
         found += _some(path + "forward", "resblock", case, "fwd", "bf16", peer=forward, **floor)
         found += _some(path + "forward and backward", "resblock", case, "fwd+bwd", "bf16", peer=both)
         found += _some(path + "training", "resblock", case, "bwd", "bf16", saved=0.5)
+    return [*found, *_of_transformers()]
+
+
+def _of_transformers() -> list[Goal]:
+    """The ops of the transformer blocks."""
+    op, case, path = "qk_norm_rope", "self-14x64-1024-b16", "norm and rotation, 14 + 1 heads, 1024 tokens, batch 16, "
+    found = _some(path + "forward", op, case, "fwd", "bf16", compile=1.3, copy=0.85)
+    found += _some(path + "forward and backward", op, case, "fwd+bwd", "bf16", peer=1.3)
+    for op, case, path, ratio in (
+        ("attention", "self-14x64-1024-b16", "self-attention, 14 heads, 1024 tokens, batch 16, ", 1.25),
+        ("attention", "cross-8x64-4096-333-b4", "cross-attention, 8 heads, 4096 tokens to 333, batch 4, ", 1.3),
+        ("attention", "cross-4x64-16384-333-b4", "cross-attention, 4 heads, 16384 tokens to 333, batch 4, ", 1.3),
+        ("geglu", "896-2688-1024-b16", "GEGLU, 896 to 2 x 2688 channels, 1024 tokens, batch 16, ", 1.1),
+    ):
+        found += _some(path + "forward", op, case, "fwd", "bf16", peer=ratio)
+        found += _some(path + "forward and backward", op, case, "fwd+bwd", "bf16", peer=ratio)
+    op, case, path = "transformer_block", "896ch-1024-b16", "transformer block, 896 channels, 1024 tokens, batch 16, "
+    found += _some(path + "forward", op, case, "fwd", "bf16", peer=1.3)
+    found += _some(path + "forward and backward", op, case, "fwd+bwd", "bf16", peer=1.25)
     return found
 
 

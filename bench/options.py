@@ -27,9 +27,10 @@ class Options:
     """Where to run."""
     suite: str = "all"
     """What to run, separated by commas: ops (group_norm_silu, sepconv, resblock, qk_norm_rope, attention, geglu,
-    decoder_block), whole models (decoder, denoiser, train; on the CPU), or ops, models, all; readme: what the README
-    shows. On CUDA resblock alone also stands for what the block is made of, at the sizes that have goals:
-    group_norm_silu, sepconv, resblock."""
+    decoder_block), a block of them (transformer_block), whole models (decoder, denoiser, train; on the CPU), or ops,
+    models, all; readme: what the README shows. On CUDA two entries, each alone, stand for more, at the sizes that have
+    goals: resblock for what the block is made of (group_norm_silu, sepconv, resblock), attention for the transformer's
+    ops and block (qk_norm_rope, attention, geglu, transformer_block)."""
     case: str = ""
     """Only cases whose name contains this, such as 256ch."""
     dtype: str = ""
@@ -37,8 +38,8 @@ class Options:
     mode: str = "fwd,train"
     """fwd, train (gives the rows bwd and fwd+bwd; of the model case train: step, with the optimizer), or both."""
     providers: str = ""
-    """fused, eager, eager-nchw, compile, compile-max, openvino, onnxruntime, separated by commas (default: all that
-    are installed and fit the device; with --quick: fused, eager, eager-nchw)."""
+    """fused, eager, eager-nchw, compile, compile-max, sdpa, flex, liger, openvino, onnxruntime, separated by commas
+    (default: all that are installed and fit the device; with --quick: fused, eager, eager-nchw)."""
     quick: bool = False
     """Under a minute: few cases, only ops that have a kernel here, no torch.compile; saves rows only with --out."""
     small: bool = False

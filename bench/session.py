@@ -13,6 +13,7 @@ from rich.markup import escape
 
 import snapgen_kernels
 from bench import cases, limits, machine, show
+from bench.blocks import BlockCase
 from bench.models import MODELS, ModelCase
 from bench.options import Options, UsageError, listed
 from bench.providers import NAMES, Provider, all_providers
@@ -87,17 +88,17 @@ def make_plan(options: Options, console: Console) -> Plan:
     Raises:
         UsageError: an entry is not allowed, or nothing is left.
     """
-    entries = listed("suite", options.suite, (*cases.SUITES, *cases.OPS, *MODELS))
+    entries = listed("suite", options.suite, (*cases.SUITES, *cases.OPS, *cases.BLOCKS, *MODELS))
     names, subset = cases.named(entries, options.device)
-    ops = tuple(name for name in names if name in cases.OPS)
+    ops = tuple(name for name in names if name in (*cases.OPS, *cases.BLOCKS))
     if options.device != "cpu" and not ops:
         raise UsageError(f"--suite {options.suite}: whole models are timed on the CPU only")
     if options.quick:
-        unavailable = {op: _backend.missing_kernel(op, options.device) for op in ops}
+        unavailable = {op: _backend.missing_kernel(op, options.device) for op in ops if op in cases.OPS}
         for op, reason in unavailable.items():
             if reason is not None:
                 console.print(f"[dim]{op}: left out of a quick run, {reason}[/]", soft_wrap=True)
-        ops = tuple(op for op in ops if unavailable[op] is None)
+        ops = tuple(op for op in ops if unavailable.get(op, "") is None)
     default = "bf16" if options.device == "cuda" else "fp32,bf16"
     dtypes = listed("dtype", options.dtype or default, tuple(cases.DTYPES))
     size = dict(quick=options.quick, small=options.small)
@@ -148,7 +149,8 @@ def _tune(plan: Plan) -> None:
         shapes: dict[str, list[Mapping[str, int]]] = {}
         for case in plan.cases:
             if not isinstance(case, ModelCase) and case.dtype == dtype:
-                shapes.setdefault(case.op, []).append(case.dims)
+                for op, dims in case.parts() if isinstance(case, BlockCase) else [(case.op, case.dims)]:
+                    shapes.setdefault(op, []).append(dims)
         backward = "train" in plan.modes
         snapgen_kernels.warmup(shapes, device=plan.device, dtypes=(dtype,), backward=backward, tune=True)
 
@@ -160,7 +162,7 @@ def _dry_run(options: Options, plan: Plan, console: Console) -> int:
     if options.device == "cuda":
         show.kernels(console, plan.cases, rates)
     fused = snapgen_kernels.backends()["ops"]
-    for op in dict.fromkeys(case.op for case in plan.cases if not isinstance(case, ModelCase)):
+    for op in dict.fromkeys(case.op for case in plan.cases if case.op in cases.OPS):
         console.print(f"{op}: {fused[op][options.device]}", soft_wrap=True)
     console.print("dry run: nothing was checked, timed or written")
     return 0

@@ -42,11 +42,21 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[T
     return x.new_empty((*x.shape[:-1], width // 2)), x.new_empty((*x.shape[:-1], width) if keep else (0,))
 
 
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
 def _unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, *_: bool) -> str | None:
-    """None if the fused kernels take this call, else the reason."""
-    dtype = dtype_seen(x)
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"x has dtype {dtype}; the kernels take float32 and bfloat16"
+    """None if the fused kernels of this device take this call, else the reason."""
+    dtype, allowed = dtype_seen(x), _DTYPES.get(x.device.type, ())
+    if dtype not in allowed:
+        return (
+            f"x has dtype {dtype} on {x.device.type}; the kernels take {', '.join(map(str, allowed)) or 'none there'}"
+        )
+    if x.shape[-1] == 0:
+        return "x has no channels"
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and dtype_seen(tensor) != dtype:
             return f"{name} has dtype {tensor.dtype}; the kernels take that of x, {dtype}"
@@ -65,6 +75,18 @@ def _cpu_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return kernels.backward(*arguments)
 
 
+def _cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from snapgen_kernels._triton import geglu as kernels
+
+    return kernels.forward(*arguments)
+
+
+def _cuda_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._triton import geglu as kernels
+
+    return kernels.backward(*arguments)
+
+
 OP = register(
     NAME,
     "Tensor x, Tensor weight, Tensor? bias, bool keep",
@@ -74,9 +96,11 @@ OP = register(
     reference=_reference_kept,
     fake=_fake,
     cast=("x", "weight", "bias"),
-    kernels=("cpu",),
+    kernels=("cpu", "cuda"),
     cpu=_cpu,
     cpu_backward=_cpu_backward,
+    cuda=_cuda,
+    cuda_backward=_cuda_backward,
     unsupported=_unsupported,
 )
 

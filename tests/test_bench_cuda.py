@@ -266,8 +266,8 @@ def test_the_suite_of_the_residual_block_is_what_has_goals() -> None:
     assert names["group_norm_silu"] == ["256ch-128", "256ch-128-b16"]
     assert set(names["resblock"]) == {f"{n}{b}" for n in ("256ch-128", "512ch-64", "896ch-32") for b in ("", "-b8")}
     assert {"256ch-128-b8", "down-256-b8", "up-512-b8"} <= set(names["sepconv"])
-    for goal in goals.GPU_GOALS:
-        assert goal.case in names[goal.op]
+    with_goals = [goal for goal in goals.GPU_GOALS if goal.op in ops]
+    assert with_goals and all(goal.case in names[goal.op] for goal in with_goals)
     for case in chosen:
         assert f"{case.op} {case.name} bf16" in text, "every case has its table of kernels"
         sums = costs.total(costs.kernels(case.op, case.dims, 2, "fwd", rates=costs.H200), costs.H200)

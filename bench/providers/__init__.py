@@ -44,9 +44,12 @@ def all_providers() -> dict[str, Provider]:
     """Every provider by name, in the order of the tables."""
     from bench.providers.compiled import Compiled
     from bench.providers.eager import Eager
+    from bench.providers.flex import Flex
     from bench.providers.fused import Fused
+    from bench.providers.liger import Liger
     from bench.providers.onnxruntime import OnnxRuntime
     from bench.providers.openvino import OpenVino
+    from bench.providers.sdpa import Sdpa
 
     everyone: list[Provider] = [
         Fused(),
@@ -55,13 +58,28 @@ def all_providers() -> dict[str, Provider]:
         Eager("eager-nchw", "contiguous"),
         Compiled("compile", "default"),
         Compiled("compile-max", "max-autotune-no-cudagraphs"),
+        Sdpa(),
+        Flex(),
+        Liger(),
         OpenVino(),
         OnnxRuntime(),
     ]
     return {provider.name: provider for provider in everyone}
 
 
-NAMES = ("fused", "fused-low", "eager", "eager-nchw", "compile", "compile-max", "openvino", "onnxruntime")
+NAMES = (
+    "fused",
+    "fused-low",
+    "eager",
+    "eager-nchw",
+    "compile",
+    "compile-max",
+    "sdpa",
+    "flex",
+    "liger",
+    "openvino",
+    "onnxruntime",
+)
 
 
 def release() -> None:

@@ -6,6 +6,7 @@ import torch
 
 import snapgen_kernels
 from bench import models
+from bench.blocks import BlockCase
 from bench.models import ModelCase
 from bench.providers.eager import drawn, leaves
 from bench.timing import Prepared
@@ -58,7 +59,9 @@ class Fused:
             return "only the decoder has a low-memory mode"
         if isinstance(case, ModelCase):
             return _backend.extension().reason
-        return _backend.missing_kernel(case.op, device)
+        ops = case.ops if isinstance(case, BlockCase) else (case.op,)
+        reasons = (_backend.missing_kernel(op, device) for op in ops)
+        return next((reason for reason in reasons if reason is not None), None)
 
     def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
         if isinstance(case, ModelCase):

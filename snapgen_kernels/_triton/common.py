@@ -62,6 +62,13 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
+def linear_precision(dtype: torch.dtype) -> str:
+    """:func:`precision` of a product that stands for a linear layer: fp32 runs in full unless PyTorch's own may run in
+    tf32 (``torch.backends.cuda.matmul.fp32_precision``)."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+
+
 @cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

@@ -296,8 +296,15 @@ def new_moments(y: Tensor, chunk: int) -> Moments:
 
 
 def launch_product(
-    d: Tensor, weight: Tensor, y: Tensor, transposed: bool, ending: Epilogue, config: ProductConfig
+    d: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    transposed: bool,
+    ending: Epilogue,
+    config: ProductConfig,
+    precision: str | None = None,
 ) -> None:
+    """One product; ``precision`` is a convolution's where it is None."""
     batch, inputs, height, width = d.shape
     outputs, pixels = y.shape[1], height * width
     block_m, block_n, block_k, warps, stages = config
@@ -305,17 +312,23 @@ def launch_product(
     pointwise_kernel[(batch * tiles * common.cdiv(outputs, block_n),)](
         d, weight, y, *ending.tensors(y), pixels, inputs, outputs, ending.inputs(), tiles,
         TRANSPOSED=transposed, **ending.flags(), EVEN_K=inputs % block_k == 0 and ending.inputs() % block_k == 0,
-        PRECISION=common.precision(d.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        PRECISION=precision or common.precision(d.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
 def product_config(
-    d: Tensor, weight: Tensor, y: Tensor, transposed: bool, ending: Epilogue, statistics: bool
+    d: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    transposed: bool,
+    ending: Epilogue,
+    statistics: bool,
+    precision: str | None = None,
 ) -> ProductConfig:
-    """The config for products of ``d``'s samples at a time."""
+    """The config for products of ``d``'s samples at a time; ``precision`` as in :func:`launch_product`."""
     batch, inputs, height, width = d.shape
-    outputs, precision = y.shape[1], common.precision(d.dtype)
+    outputs, precision = y.shape[1], precision or common.precision(d.dtype)
     nvidia, whole = torch.version.hip is None, are_whole(inputs, outputs, ending.inputs())
     configs = product_configs(d.dtype, precision, nvidia, common.capability(d), is_simple(ending), whole)
     key = (
@@ -332,9 +345,8 @@ def product_config(
     )
 
     def launch(config: ProductConfig) -> None:
-        launch_product(
-            d, weight, y, transposed, ending.telling(new_moments(y, config.block_m) if statistics else None), config
-        )
+        moments = new_moments(y, config.block_m) if statistics else None
+        launch_product(d, weight, y, transposed, ending.telling(moments), config, precision)
 
     default = filling(configs, batch, height * width, outputs, common.processors(d))
     return tuning.choose("pointwise", key, configs, default, launch)
@@ -350,15 +362,18 @@ def pointwise(
     residual: Tensor | None = None,
     shortcut: Pair | None = None,
     out: Tensor | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """The product of every pixel's channels with ``weight`` [O, C, 1, 1], or with its transpose, and what follows.
 
     ``d`` [B, C, H, W] channels_last -> [B, O, H, W] channels_last; transposed: C and O the other way round.
+    ``precision``: ``input_precision`` of the product; None: a convolution's.
     """
     outputs = weight.shape[1 if transposed else 0]
     y = common.new_channels_last(d, d.shape[0], outputs, *d.shape[2:]) if out is None else out
     ending = Epilogue(bias, shift, residual, shortcut)
-    launch_product(d, weight, y, transposed, ending, product_config(d, weight, y, transposed, ending, False))
+    config = product_config(d, weight, y, transposed, ending, False, precision)
+    launch_product(d, weight, y, transposed, ending, config, precision)
     return y
 
 

@@ -145,7 +145,6 @@ FUSED_CONFIGS = (
     ProductConfig(128, 256, 32, 8, 1),
     ProductConfig(128, 128, 64, 8, 1),
     ProductConfig(64, 128, 64, 8, 1),
-    ProductConfig(64, 64, 32, 4, 1),
 )
 FUSED_CONFIGS_FP32 = (ProductConfig(32, 64, 32, 8, 1),)
 
@@ -154,7 +153,8 @@ def fused_configs(dtype: torch.dtype, capability: int, simple: bool) -> tuple[Pr
     """The fused kernel's candidates, widest first; ``simple``: see :func:`is_simple`, with no depthwise bias."""
     if dtype == torch.float32:
         return FUSED_CONFIGS_FP32
-    return tuple(c for c in FUSED_CONFIGS if only(c) in (0, capability) and (simple or c.block_n <= 128))
+    widest = 256 if simple and dtype == torch.bfloat16 else 128  # fp16 has no one-tanh form
+    return tuple(c for c in FUSED_CONFIGS if only(c) in (0, capability) and c.block_n <= widest)
 
 
 def samples_at_once(batch: int, sample_bytes: int) -> int:

@@ -48,6 +48,10 @@ VALUES = 2 * 128 * 128
 MAX_PROGRAMS = 4
 # Pixels of a split, at least: below, reading and adding the parts outweighs the product.
 MIN_PIXELS = 256
+# Pixels whose products take as long as a part does to be written and read, by arithmetic: 2 FLOPs a pixel and weight at
+# 790 TFLOP/s against 8 bytes a weight at 4.3 TB/s.
+PART_PIXELS = 735
+MAX_SPLITS = 8  # where there are more tiles than programs
 # Columns of ones that add up dy on the tensor cores: the narrowest product that there is.
 ONES = tl.constexpr(16)
 
@@ -240,8 +244,21 @@ def _splits(config: Config, dy: Tensor, channels: int) -> int:
     """How many splits fill the GPU with programs: a function of the shape and the GPU."""
     batch, outputs, height, width = dy.shape
     tiles = common.cdiv(outputs, config.block_o) * common.cdiv(channels, config.block_c)
-    programs = min(MAX_PROGRAMS, VALUES // (config.block_o * config.block_c)) * common.processors(dy)
-    return max(1, min(programs // tiles, batch * height * width // MIN_PIXELS))
+    programs = max(1, min(MAX_PROGRAMS, VALUES // (config.block_o * config.block_c)) * common.processors(dy))
+    pixels = batch * height * width
+    most = max(1, pixels // MIN_PIXELS)
+    return min(programs // tiles, most) if tiles <= programs else _even(tiles, programs, pixels, min(MAX_SPLITS, most))
+
+
+def _even(tiles: int, programs: int, pixels: int, most: int) -> int:
+    """Splits of more tiles than run at once: the fewer programs are left for the last round, the longer the GPU waits
+    for them, and the more parts there are, the more memory they take time for."""
+
+    def seconds(splits: int) -> float:
+        rounds = common.cdiv(tiles * splits, programs) * programs / (tiles * splits)
+        return rounds + splits * PART_PIXELS / pixels
+
+    return min(range(1, most + 1), key=seconds)
 
 
 def channel_sums(x: Tensor) -> Tensor:
@@ -274,13 +291,14 @@ class Parts(NamedTuple):
     sums: Tensor | None
 
 
-def weight_parts(dy: Tensor, d: Tensor, sums: bool) -> Parts:
+def weight_parts(dy: Tensor, d: Tensor, sums: bool, precision: str | None = None) -> Parts:
     """Parts of dy^T d, and of the sums of dy where ``sums``.
 
-    dy [B, O, H, W] and d [B, C, H, W] in channels_last, not empty.
+    dy [B, O, H, W] and d [B, C, H, W] in channels_last, not empty. ``precision``: ``input_precision`` of the product;
+    None: a convolution's.
     """
     batch, outputs, height, width = dy.shape
-    channels, precision = d.shape[1], common.precision(dy.dtype)
+    channels, precision = d.shape[1], precision or common.precision(dy.dtype)
 
     def launch(config: Config) -> Parts:
         splits = _splits(config, dy, channels)

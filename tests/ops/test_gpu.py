@@ -30,8 +30,8 @@ if torch.cuda.is_available():  # cuBLAS asks for it where determinism is asked f
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 OPS = [op for op, spec in SPECS.items() if "cuda" in _backend.KERNELS[spec.op.name]]
-# Those whose kernels take channels_last alone.
-LAST_ONLY = [op for op in OPS if op != "group_norm_silu"]
+# Those whose kernels take channels_last alone; tokens have no memory format.
+LAST_ONLY = [op for op in OPS if op not in ("group_norm_silu", "geglu")]
 SMALL = [case for op in OPS for case in small_cases(op)]
 SMALL += [replace(case, dtype=torch.float16) for case in SMALL if case.dtype == torch.float32 and not case.offset]
 
@@ -44,7 +44,8 @@ def _first(op: str) -> Case:
 FIRST = [replace(_first(op), dtype=dtype) for op in OPS for dtype in FLOATS]
 PLAIN = [case for case in FIRST if case.dtype == torch.float32]
 # The model's first and last stage.
-MODEL = [case for op in OPS for case in bench_cases(op) if case.name in ("256ch-128", "896ch-32")]
+MODEL_NAMES = ("256ch-128", "896ch-32", "896-2688-1024")
+MODEL = [case for op in OPS for case in bench_cases(op) if case.name in MODEL_NAMES]
 MODEL = [case for case in MODEL if case.dtype == torch.bfloat16]
 ops = pytest.mark.parametrize("op", OPS)
 
@@ -171,7 +172,7 @@ def test_the_output_keeps_the_memory_format(op: str, layout: str) -> None:
 def test_nan_and_inf_reach_their_own_sample_alone(case: Case, value: float) -> None:
     case = replace(case, dims={**case.dims, "B": 2})
     inputs = case.inputs(DEVICE)
-    inputs["x"][1, 0, 0, 0] = value
+    inputs["x"][(1, *[0] * (inputs["x"].dim() - 1))] = value
     y = case.spec.registered(inputs)
     assert y[0].isfinite().all() and not y[1].isfinite().all()
 
@@ -325,6 +326,41 @@ def test_indices_past_2_to_the_31(op: str) -> None:
         pytest.skip(f"needs {wanted / 2**30:.0f} GiB of GPU memory; {free / 2**30:.0f} GiB are free")
     _check_repeated(case, times)
     torch.cuda.empty_cache()
+
+
+@pytest.mark.skipif("geglu" not in OPS, reason="has no GPU kernel")
+@pytest.mark.parametrize("keep", [0, 1])
+def test_geglu_of_more_than_2_to_the_31_values(keep: int) -> None:
+    """The last tokens of many are those of few, to the last bit."""
+    dims = {"B": 1, "C": 16, "F": 64, "keep": keep}
+    few, many = 1 << 13, LIMIT // 128 + (1 << 13)
+    wanted = 8 * many * 128 * 2
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if free < wanted:
+        pytest.skip(f"needs {wanted / 2**30:.0f} GiB of GPU memory; {free / 2**30:.0f} GiB are free")
+    case = Case("geglu", "large", {**dims, "N": few}, torch.bfloat16)
+    inputs = case.inputs(DEVICE, requires_grad=True)
+    long = {**inputs, "x": inputs["x"].detach().repeat(1, many // few, 1).requires_grad_()}
+    for mine, right in zip(_image_gradients(case, long), _image_gradients(case, inputs), strict=True):
+        assert torch.equal(mine[:, -few:], right) and torch.equal(mine[:, :few], right)
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.skipif("geglu" not in OPS, reason="has no GPU kernel")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gelu_everywhere(dtype: torch.dtype) -> None:
+    """Every gate from -12 to 12: the error function of the GPU, its ends, and the gradient."""
+    gates = torch.linspace(-12, 12, 40001, device=DEVICE).to(dtype)
+    weight = torch.tensor([[0.0], [1.0]], dtype=dtype, device=DEVICE)  # the value is 1, the gate x
+    bias = torch.tensor([1.0, 0.0], dtype=dtype, device=DEVICE)
+    x, plain, exact = (v[None, :, None].clone().requires_grad_() for v in (gates, gates, gates.double()))
+    mine = snapgen_kernels.geglu(x, weight, bias)
+    eager, right = torch.nn.functional.gelu(plain), torch.nn.functional.gelu(exact)
+    checks.assert_close("gelu", mine, eager, right)
+    found = [torch.autograd.grad(y.sum(), leaf)[0] for y, leaf in ((mine, x), (eager, plain), (right, exact))]
+    checks.assert_close("gradient", *found)
+    assert torch.equal(mine[0, gates.float() > 6, 0], gates[gates.float() > 6])
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------

@@ -31,12 +31,14 @@ FILES = {
     "group_norm_silu": ("group_norm_silu", "group_norm_silu"),
     "sepconv": ("sepconv", "sepconv_backward"),
     "resblock": ("resblock", "resblock_backward"),
+    "geglu": ("geglu", "geglu"),
 }
 # One process each, so that they run side by side.
 GROUPS = {
-    "group_norm_silu": "not sepconv and not resblock",
+    "group_norm_silu": "not sepconv and not resblock and not geglu",
     "sepconv": "sepconv",
     "resblock": "resblock and not sepconv",
+    "geglu": "geglu",
 }
 
 # Few pixels but in "long": the interpreter sums an axis one by one in fp32, where a GPU adds in a tree.
@@ -65,6 +67,14 @@ SIZES = {
         "odd": {"B": 1, "C": 15, "M": 33, "O": 17, "H": 7, "W": 11, "G": 3},
         "wide": {"B": 1, "C": 72, "M": 144, "O": 72, "H": 7, "W": 10, "G": 8},
     },
+    "geglu": {
+        "small": {"B": 2, "N": 5, "C": 12, "F": 7},
+        "no-bias": {"B": 1, "N": 3, "C": 8, "F": 16, "bias": 0},
+        "not-kept": {"B": 3, "N": 37, "C": 70, "F": 45, "keep": 0},
+        "not-kept-no-bias": {"B": 1, "N": 9, "C": 33, "F": 12, "keep": 0, "bias": 0},
+        "one-token": {"B": 1, "N": 1, "C": 1, "F": 1},
+        "wide": {"B": 1, "N": 150, "C": 136, "F": 140},
+    },
 }
 # Whose memory format changes what is launched: every size runs contiguous too.
 BOTH_FORMATS = ("group_norm_silu",)
@@ -87,9 +97,13 @@ def _cases(op: str) -> Iterator[Case]:
     cheap = op == "group_norm_silu"
     for name, dims in SIZES[op].items():
         # The worst of few elements is luck, so that few pixels need many draws.
-        case = Case(op, name, dims) if cheap or name in ("all", "one-pixel") else _once(Case(op, name, dims))
+        few = name in ("all", "one-pixel", "one-token") or (op == "geglu" and name == "small")
+        case = Case(op, name, dims) if cheap or few else _once(Case(op, name, dims))
         yield from (replace(case, layout=layout) for layout in LAYOUTS[: 2 if op in BOTH_FORMATS else 1])
-    for name in ("small", "long") if cheap else ("all", "stride", "upsample", "shortcut", "same"):
+    narrow = (
+        ("small", "long", "not-kept") if cheap or op == "geglu" else ("all", "stride", "upsample", "shortcut", "same")
+    )
+    for name in narrow:
         if name in SIZES[op]:
             yield from (_once(Case(op, name, SIZES[op][name], dtype)) for dtype in NARROW)
     for layout in LAYOUTS[2 if op in BOTH_FORMATS else 1 :]:
@@ -237,3 +251,75 @@ def test_many_chunks_are_merged(layout: str, monkeypatch: pytest.MonkeyPatch) ->
     for name, value in exact.items():
         assert torch.equal(first[name], again[name]), name
         checks.assert_close(name, first[name], plain[name], value)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
+@pytest.mark.parametrize("keep", [0, 1])
+def test_geglu_in_tiles_that_divide_nothing(keep: int, dtype: torch.dtype) -> None:
+    """Several tiles in every direction, the last of each cut off, and several chunks of several tiles."""
+    from snapgen_kernels._triton import geglu as kernels
+    from snapgen_kernels._triton import tuning
+
+    dims = {"B": 3, "N": 35, "C": 37, "F": 41, "keep": keep}
+    case = _once(Case("geglu", "tiles", dims, dtype))
+    small = kernels.Config(32, 16, 16, 4, 2)
+    with (
+        tuning.forced("geglu", small),
+        tuning.forced("geglu_anew_gradient", small),
+        tuning.forced("geglu_gradient", kernels.GradientConfig(16, 16, 4)),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(kernels, "PROGRAMS", 1)
+        patch.setattr(kernels.common, "processors", lambda _: 8)
+        checks.check_gradients(case, function=case.spec.registered)
+        checks.check_repeats(case, counts=(1,))
+
+
+@inside
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("keep", [False, True])
+def test_geglu_keeps_what_is_not_finite_in_its_token(keep: bool, value: float) -> None:
+    """A bias that is not finite reaches no gradient beyond what the formula says, past the last token either."""
+    case = Case("geglu", "ends", {"B": 1, "N": 37, "C": 9, "F": 5, "keep": int(keep)})
+    inputs = case.inputs(requires_grad=True)
+    with torch.no_grad():
+        inputs["x"][0, 33, 7] = value
+    mine = checks.run(case, case.spec.registered, inputs)
+    right = checks.run(case, case.spec.reference, inputs)
+    with torch.no_grad():
+        inputs["x"][0, 33, 7] = 0.0
+        inputs["bias"][8] = value
+    mine |= {f"bias: {k}": v for k, v in checks.run(case, case.spec.registered, inputs).items()}
+    right |= {f"bias: {k}": v for k, v in checks.run(case, case.spec.reference, inputs).items()}
+    for name, expected in right.items():
+        assert torch.equal(mine[name].isfinite(), expected.isfinite()), name
+
+
+@inside
+def test_geglu_in_tf32_only_where_linear_layers_are() -> None:
+    """Not where convolutions alone are, as is PyTorch's default."""
+    from snapgen_kernels._triton import common
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        found = []
+        for matmul.fp32_precision in ("ieee", "tf32"):
+            found.append([common.linear_precision(dtype) for dtype in (torch.float32, torch.bfloat16)])
+    finally:
+        matmul.fp32_precision = before
+    assert before != "tf32" and found == [["ieee", "ieee"], ["tf32", "ieee"]]
+
+
+@inside
+def test_geglu_splits_its_weight_gradient_so_that_no_round_is_nearly_empty() -> None:
+    """Of the model's widest weight: 147 tiles for 132 multiprocessors."""
+    from snapgen_kernels._triton import weight_gradient
+
+    config = weight_gradient.Config(256, 128, 32, 8, 4)
+    few, many = (torch.empty((1, 5376, tokens, 1), device="meta") for tokens in (300, 16384))
+    assert weight_gradient._splits(config, few, 896) == 1
+    splits = weight_gradient._splits(config, many, 896)
+    rounds = 147 * splits / 132
+    assert 1 < splits <= weight_gradient.MAX_SPLITS and rounds / -(-rounds // 1) > 0.85
