@@ -65,8 +65,8 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COMBINATIONS = [*((target, "bf16") for target in TARGETS), ("sm_90", "fp16"), ("sm_90", "fp32")]
 FLOATS = ("eps", "scale")
-# Pointers through which kernels read images; others are parameters, statistics, parts of sums, outputs.
-IMAGES = {"p_x", "p_h", "p_d", "p_dy", "p_dh", "p_dd"}
+# Pointers through which kernels read images and tokens; others are parameters, statistics, parts of sums, outputs.
+IMAGES = {"p_x", "p_h", "p_d", "p_dy", "p_dh", "p_dd", "p_q", "p_k"}
 
 
 def _files() -> list[ModuleType]:

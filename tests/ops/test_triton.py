@@ -31,6 +31,7 @@ FILES = {
     "group_norm_silu": ("group_norm_silu", "group_norm_silu"),
     "sepconv": ("sepconv", "sepconv_backward"),
     "resblock": ("resblock", "resblock_backward"),
+    "qk_norm_rope": ("qk_norm_rope", "qk_norm_rope_backward"),
 }
 WRITTEN = [
     op
@@ -39,7 +40,8 @@ WRITTEN = [
 ]
 # One process each, so that they run side by side.
 GROUPS = {
-    "group_norm_silu": "not sepconv and not resblock",
+    "group_norm_silu": "group_norm_silu or many_chunks",
+    "qk_norm_rope": "qk_norm_rope",
     "sepconv": "sepconv",
     "resblock": "resblock and not sepconv",
 }
@@ -69,6 +71,13 @@ SIZES = {
         "odd": {"B": 1, "C": 15, "M": 33, "O": 17, "H": 7, "W": 11, "G": 3},
         "wide": {"B": 1, "C": 72, "M": 144, "O": 72, "H": 7, "W": 10, "G": 8},
     },
+    "qk_norm_rope": {
+        "self": {"B": 2, "N": 45, "H": 3, "D": 64, "M": 45, "rope": 1},
+        "cross": {"B": 2, "N": 37, "H": 2, "D": 24, "M": 41},
+        "odd-head": {"B": 1, "N": 70, "H": 5, "D": 20, "M": 70, "rope": 1},
+        "wide-head": {"B": 1, "N": 20, "H": 2, "D": 200, "M": 20, "rope": 1},
+        "one-token": {"B": 1, "N": 1, "H": 1, "D": 64, "M": 1, "rope": 1},
+    },
 }
 # Whose memory format changes what is launched: every size runs contiguous too.
 BOTH_FORMATS = ("group_norm_silu",)
@@ -91,9 +100,11 @@ def _cases(op: str) -> Iterator[Case]:
     cheap = op == "group_norm_silu"
     for name, dims in SIZES[op].items():
         # The worst of few elements is luck, so that few pixels need many draws.
-        case = Case(op, name, dims) if cheap or name in ("all", "one-pixel") else _once(Case(op, name, dims))
+        case = (
+            Case(op, name, dims) if cheap or name in ("all", "one-pixel", "one-token") else _once(Case(op, name, dims))
+        )
         yield from (replace(case, layout=layout) for layout in LAYOUTS[: 2 if op in BOTH_FORMATS else 1])
-    for name in ("small", "long") if cheap else ("all", "stride", "upsample", "shortcut", "same"):
+    for name in ("small", "long") if cheap else ("all", "stride", "upsample", "shortcut", "same", "self", "cross"):
         if name in SIZES[op]:
             yield from (_once(Case(op, name, SIZES[op][name], dtype)) for dtype in NARROW)
     for layout in LAYOUTS[2 if op in BOTH_FORMATS else 1 :]:
