@@ -72,10 +72,10 @@ def _backward_tiles(
         i_t, i_b = (i_flat % tiles) * BLOCK_T, (i_flat // tiles).to(tl.int64)
         m = tile_mask(b_t, N - i_t, b_d, D, EVEN_D)
         b_cos, b_sin = load_tables(p_cos, p_sin, i_t.to(tl.int64) * D, b_t[:, None] * D + b_d[None, :], m, ROPE)
-        m_read = m
+        m_t = b_t < N - i_t
         if p_mask is not None:
-            b_allowed = tl.load(p_mask + i_b * N + i_t + b_t, mask=b_t < N - i_t, other=0) != 0
-            m_read = m & b_allowed[:, None]
+            m_t = m_t & (tl.load(p_mask + i_b * N + i_t + b_t, mask=m_t, other=0) != 0)
+        m_read = m & m_t[:, None]
         i_first = ((i_b * N + i_t) * H + i_h) * D
         for i_head in range(tl.minimum(heads, H - i_h)):
             i_at = i_first + i_head * D
@@ -84,7 +84,7 @@ def _backward_tiles(
                 b_dx = b_dx * b_cos - rotated(b_dx * b_sin, BLOCK_T, BLOCK_D)
             if NORM:
                 b_x = tl.load(p_x + i_at + b_off, mask=m_read, other=0.0).to(tl.float32)
-                b_r = rms(b_x, D, eps)
+                b_r = tl.where(m_t[:, None], rms(b_x, D, eps), 0.0)  # inf where eps is 0
                 b_n = b_x * b_r
                 b_dweight += b_dx * b_n
                 b_g = b_dx * b_weight
@@ -200,6 +200,8 @@ def gradients(
         *(torch.empty_like(t) if need and t is not None else None for t, need in zip(leaves, needs, strict=True))
     )
 
+    mask = None if key_mask is None else key_mask.view(torch.uint8)
+
     def launch(config: Config) -> None:
         flags = kernels.flags_of(q_weight, tables, dim, config)
         block_t, processors = flags["BLOCK_T"], common.processors(q)
@@ -215,7 +217,7 @@ def gradients(
         )
         if grid_q.programs + grid_k.programs:
             norm_rope_backward_kernel[(grid_q.programs + grid_k.programs,)](
-                q, k, dq, dk, made.q, made.k, q_weight, k_weight, *tables, key_mask, parts_q, parts_k,
+                q, k, dq, dk, made.q, made.k, q_weight, k_weight, *tables, mask, parts_q, parts_k,
                 batch, tokens, heads, k.shape[1], dim, grid_q.heads, grid_q.tiles, grid_k.tiles, grid_q.programs, eps,
                 **flags,
             )  # fmt: skip

@@ -32,6 +32,7 @@ FILES = {
     "sepconv": ("sepconv", "sepconv_backward"),
     "resblock": ("resblock", "resblock_backward"),
     "qk_norm_rope": ("qk_norm_rope", "qk_norm_rope_backward"),
+    "attention": ("attention", "attention_backward"),
 }
 WRITTEN = [
     op
@@ -71,6 +72,16 @@ SIZES = {
         "odd": {"B": 1, "C": 15, "M": 33, "O": 17, "H": 7, "W": 11, "G": 3},
         "wide": {"B": 1, "C": 72, "M": 144, "O": 72, "H": 7, "W": 10, "G": 8},
     },
+    "attention": {
+        "self": {"B": 2, "N": 47, "H": 3, "D": 64, "M": 47, "rope": 1},
+        "cross": {"B": 2, "N": 37, "H": 2, "D": 24, "M": 150},
+        "masked": {"B": 3, "N": 35, "H": 2, "D": 20, "M": 77, "mask": 1},
+        "no-norm": {"B": 1, "N": 64, "H": 2, "D": 32, "M": 128, "norm": 0},
+        "rope-only": {"B": 1, "N": 70, "H": 1, "D": 8, "M": 70, "norm": 0, "rope": 1},
+        "one-key": {"B": 1, "N": 40, "H": 3, "D": 16, "M": 1, "norm": 0},
+        "one-token": {"B": 2, "N": 1, "H": 1, "D": 16, "M": 5},
+        "wide-head": {"B": 1, "N": 33, "H": 2, "D": 100, "M": 33, "rope": 1},
+    },
     "qk_norm_rope": {
         "self": {"B": 2, "N": 45, "H": 3, "D": 64, "M": 45, "rope": 1},
         "cross": {"B": 2, "N": 37, "H": 2, "D": 24, "M": 41},
@@ -104,7 +115,9 @@ def _cases(op: str) -> Iterator[Case]:
             Case(op, name, dims) if cheap or name in ("all", "one-pixel", "one-token") else _once(Case(op, name, dims))
         )
         yield from (replace(case, layout=layout) for layout in LAYOUTS[: 2 if op in BOTH_FORMATS else 1])
-    for name in ("small", "long") if cheap else ("all", "stride", "upsample", "shortcut", "same", "self", "cross"):
+    for name in (
+        ("small", "long") if cheap else ("all", "stride", "upsample", "shortcut", "same", "self", "cross", "masked")
+    ):
         if name in SIZES[op]:
             yield from (_once(Case(op, name, SIZES[op][name], dtype)) for dtype in NARROW)
     for layout in LAYOUTS[2 if op in BOTH_FORMATS else 1 :]:
