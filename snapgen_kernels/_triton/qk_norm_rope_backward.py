@@ -7,7 +7,7 @@ in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -257,9 +257,16 @@ def backward(
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """Every kernel of this file in every config that its launchers may choose."""
     images = ("p_q", "p_k", "p_dyq", "p_dyk", "p_dq", "p_dk")
+    unmasked: dict[str, Any] = {"p_mask": None}
     found = [
-        common.build(norm_rope_backward_kernel, dtype, images, tile, ("D",), EVEN_D=True, p_mask=None, **variant)
+        common.build(norm_rope_backward_kernel, dtype, images, tile, ("D",), EVEN_D=True, **unmasked, **variant)
         for tile in kernels.tiles(CONFIGS)
         for variant in kernels.variants()
     ]
+    for tile in kernels.tiles(CONFIGS):
+        # Cross-attention to masked keys.
+        masked = common.build(
+            norm_rope_backward_kernel, dtype, images, tile, ("D",), EVEN_D=True, **kernels.variants()[1]
+        )
+        found.append(masked._replace(pointers={**masked.pointers, "p_mask": "u8"}))
     return [*found, common.build(add_weights_kernel, dtype, (), ADD_CONFIG, ("D",))]
