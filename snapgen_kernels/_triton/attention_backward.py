@@ -29,13 +29,6 @@ from snapgen_kernels._triton.weight_gradient import add_parts, new_parts
 
 
 @triton.jit
-def load_lse(p_lse, b_m, m_m):
-    """The logarithms to base 2; inf for rows without a key and beyond the end, so that their weights are 0."""
-    b_lse = tl.load(p_lse + b_m, mask=m_m, other=float("-inf"))
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
-
-
-@triton.jit
 def query_gradient_kernel(
     p_q,
     p_k,
@@ -44,6 +37,7 @@ def query_gradient_kernel(
     p_o,
     p_do,
     p_lse,
+    p_shift,
     p_delta,
     p_dq,
     R,
@@ -58,8 +52,8 @@ def query_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dq (unless None) of R rows of queries a sample, and delta = sum(do o) of each row. Grid: B * tiles, tiles =
-    cdiv(R, BLOCK_M)."""
+    """dq (unless None) of R rows of queries a sample; of each row delta = sum(do o), and shift, its logarithm to the
+    base 2, but inf where there is no key, so that weights are 0. Grid: B * tiles, tiles = cdiv(R, BLOCK_M)."""
     i_row, i_b = (tl.program_id(0) % tiles) * BLOCK_M, (tl.program_id(0) // tiles).to(tl.int64)
     b_m, b_n, b_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     i_first, left = i_b * R + i_row, R - i_row
@@ -67,9 +61,11 @@ def query_gradient_kernel(
     b_o = load_rows(p_o + i_first * D, b_m, left, b_d, D, EVEN_D)
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
     tl.store(p_delta + i_first + b_m, b_delta, mask=b_m < left)
+    b_lse = tl.load(p_lse + i_first + b_m, mask=b_m < left, other=0.0)
+    b_shift = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
+    tl.store(p_shift + i_first + b_m, b_shift, mask=b_m < left)
     if p_dq is not None:
         b_q = load_rows(p_q + i_first * D, b_m, left, b_d, D, EVEN_D)
-        b_lse = load_lse(p_lse + i_first, b_m, b_m < left)
         p_k += i_b * padded * BLOCK_D + b_n[:, None] * BLOCK_D + b_d[None, :]
         p_v += i_b * padded * BLOCK_D + b_n[None, :] * BLOCK_D + b_d[:, None]  # transposed
         log2_scale = scale * LOG2_E
@@ -78,10 +74,10 @@ def query_gradient_kernel(
             b_k = tl.load(p_k)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             if p_bias is None:
-                b_p = tl.exp2(tl.fma(b_s, log2_scale, -b_lse[:, None]))
+                b_p = tl.exp2(tl.fma(b_s, log2_scale, -b_shift[:, None]))
             else:
                 b_bias = tl.load(p_bias + i_b * padded + i_n + b_n)[None, :]
-                b_p = tl.exp2(tl.fma(b_s, log2_scale, b_bias - b_lse[:, None]))
+                b_p = tl.exp2(tl.fma(b_s, log2_scale, b_bias - b_shift[:, None]))
             b_dp = tl.dot(b_do, tl.load(p_v), input_precision=PRECISION)
             b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
             b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
@@ -99,7 +95,7 @@ def key_gradient_kernel(
     p_v,
     p_bias,
     p_do,
-    p_lse,
+    p_shift,
     p_delta,
     p_dk,
     p_dv,
@@ -134,7 +130,7 @@ def key_gradient_kernel(
     i_first, left = i_b * R + i_row, R - i_row
     p_q += i_first * D
     p_do += i_first * D
-    p_lse += i_first
+    p_shift += i_first
     p_delta += i_first
     log2_scale = scale * LOG2_E
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
@@ -142,11 +138,11 @@ def key_gradient_kernel(
     for _ in range(0, tl.minimum(chunk, left), BLOCK_M):
         b_q = load_rows(p_q, b_m, left, b_d, D, EVEN_D)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [keys, rows]
-        b_lse = load_lse(p_lse, b_m, b_m < left)
+        b_shift = tl.load(p_shift + b_m, mask=b_m < left, other=float("inf"))
         if p_bias is None:
-            b_p = tl.exp2(tl.fma(b_s, log2_scale, -b_lse[None, :]))
+            b_p = tl.exp2(tl.fma(b_s, log2_scale, -b_shift[None, :]))
         else:
-            b_p = tl.exp2(tl.fma(b_s, log2_scale, b_bias[:, None] - b_lse[None, :]))
+            b_p = tl.exp2(tl.fma(b_s, log2_scale, b_bias[:, None] - b_shift[None, :]))
         b_do = load_rows(p_do, b_m, left, b_d, D, EVEN_D)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
@@ -155,7 +151,7 @@ def key_gradient_kernel(
         b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
         p_q += BLOCK_M * D
         p_do += BLOCK_M * D
-        p_lse += BLOCK_M
+        p_shift += BLOCK_M
         p_delta += BLOCK_M
         left -= BLOCK_M
     b_dk = b_dk * scale
@@ -217,11 +213,13 @@ def key_configs(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int) 
 
 
 class _Rows(NamedTuple):
-    """What both kernels read of the queries, all contiguous: ready q and do [B, N, H, D], lse and delta [B, N, H]."""
+    """What both kernels read of the queries, all contiguous: ready q and do [B, N, H, D]; of each row, [B, N, H], lse
+    and what the kernel for queries leaves for that for keys."""
 
     q: Tensor
     do: Tensor
     lse: Tensor
+    shift: Tensor
     delta: Tensor
 
 
@@ -230,7 +228,7 @@ def _key(rows: _Rows, keys: Keys, count: int, exactness: str) -> tuple[int | str
 
 
 def _query_gradient(rows: _Rows, keys: Keys, o: Tensor, count: int, scale: float, wanted: bool) -> Tensor | None:
-    """Fills ``rows.delta``; the gradient of the ready queries where it is wanted. ``count``: keys."""
+    """Fills ``rows.shift`` and ``rows.delta``; dq of the ready queries where it is wanted. ``count``: keys."""
     batch, tokens, heads, dim = rows.q.shape
     dq, total, columns = torch.empty_like(rows.q) if wanted else None, tokens * heads, block_d(dim)
     exactness = kernels.precision(rows.q.dtype)
@@ -238,7 +236,7 @@ def _query_gradient(rows: _Rows, keys: Keys, o: Tensor, count: int, scale: float
     def launch(config: Config) -> None:
         tiles = common.cdiv(total, config.block_m)
         query_gradient_kernel[(batch * tiles,)](
-            rows.q, keys.k, keys.v, keys.bias, o, rows.do, rows.lse, rows.delta, dq,
+            rows.q, keys.k, keys.v, keys.bias, o, rows.do, rows.lse, rows.shift, rows.delta, dq,
             total, count, keys.padded, dim, tiles, scale,
             EVEN_D=dim == columns, PRECISION=exactness, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_D=columns, num_warps=config.num_warps, num_stages=config.num_stages,
@@ -264,7 +262,7 @@ def _key_gradients(rows: _Rows, keys: Keys, count: int, scale: float, wanted: tu
         chunks = common.cdiv(total, chunk)
         parts = new_parts(rows.q, 2, chunks, batch, count, dim)
         key_gradient_kernel[(tiles * chunks * batch,)](
-            rows.q, keys.k, keys.v, keys.bias, rows.do, rows.lse, rows.delta, parts[0], parts[1],
+            rows.q, keys.k, keys.v, keys.bias, rows.do, rows.shift, rows.delta, parts[0], parts[1],
             total, count, keys.padded, dim, chunk, chunks, scale,
             EVEN_D=dim == columns, PRECISION=exactness, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_D=columns, num_warps=config.num_warps, num_stages=config.num_stages,
@@ -341,7 +339,8 @@ def backward(
         made: tuple[Tensor | None, ...] = tuple(None if t is None else torch.zeros_like(t) for t in leaves)
     else:
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        rows = _Rows(q, do.contiguous(), logsumexp.contiguous(), torch.empty_like(logsumexp))
+        lse = logsumexp.contiguous()
+        rows = _Rows(q, do.contiguous(), lse, torch.empty_like(lse), torch.empty_like(lse))
         made = _gradients(rows, o.contiguous(), k, v, mask, weights, rotation(cos, sin), factor, eps, wanted)
     return tuple(
         like(gradient, leaf) if need and gradient is not None and leaf is not None else do.new_empty(0)
