@@ -43,6 +43,7 @@ WRITTEN = [
 GROUPS = {
     "group_norm_silu": "group_norm_silu or many_chunks",
     "qk_norm_rope": "qk_norm_rope",
+    "attention": "attention",
     "sepconv": "sepconv",
     "resblock": "resblock and not sepconv",
 }
