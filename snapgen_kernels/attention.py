@@ -11,9 +11,9 @@ in fp32 (-inf for a row with no allowed key). With dp = do v^T and delta = sum(d
 
     ds = p (dp - delta),   dq = scale ds k,   dk = scale ds^T q,   dv = p^T do
 
-and from there through the rotation and the norm. The C++ kernels never read a key that is masked, so what stands there
-(NaN even) reaches no output. With one key/value head the N * H queries of a sample are simply N * H rows of one
-head: no copy of k or v per head is ever made.
+and from there through the rotation and the norm. The kernels never read a key that is masked, so what stands there
+(NaN even) reaches no output. With one key/value head the N * H queries of a sample are simply N * H rows of one head:
+no copy of k or v per head is ever made.
 """
 
 from __future__ import annotations
@@ -104,6 +104,10 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | float | None) -> tuple[T
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=compute_dtype(q))
 
 
+# What the GPU kernels' tiles hold of a head in registers and shared memory.
+_GPU_HEAD = 128
+
+
 def _unsupported(
     q: Tensor,
     k: Tensor,
@@ -116,6 +120,8 @@ def _unsupported(
     """None if a fused kernel takes this call, else the reason."""
     if v.dtype != q.dtype:
         return f"v has dtype {v.dtype}; the kernels take that of q, {q.dtype}"
+    if q.device.type == "cuda" and not 0 < q.shape[-1] <= _GPU_HEAD:
+        return f"q has head dimension {q.shape[-1]}; the GPU kernels take 1 to {_GPU_HEAD}"
     return qk_norm_rope_unsupported(q, k, q_weight, k_weight)
 
 
@@ -131,6 +137,18 @@ def _cpu_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return kernels.backward(*arguments)
 
 
+def _cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from snapgen_kernels._triton import attention as kernels
+
+    return kernels.forward(*arguments)
+
+
+def _cuda_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._triton import attention_backward as kernels
+
+    return kernels.backward(*arguments)
+
+
 OP = register(
     NAME,
     "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? q_weight, Tensor? k_weight, "
@@ -142,9 +160,11 @@ OP = register(
     reference=_reference_with_statistics,
     fake=_fake,
     cast=("q", "k", "v"),
-    kernels=("cpu",),
+    kernels=("cpu", "cuda"),
     cpu=_cpu,
     cpu_backward=_cpu_backward,
+    cuda=_cuda,
+    cuda_backward=_cuda_backward,
     unsupported=_unsupported,
 )
 

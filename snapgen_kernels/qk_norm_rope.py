@@ -94,17 +94,29 @@ def _fake(
     return torch.empty_like(q), torch.empty_like(k)
 
 
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+# What a tile of the GPU kernels holds of a head.
+_GPU_HEAD = 256
+
+
 def _unsupported(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *_: Tensor | float | None
 ) -> str | None:
-    """None if a fused kernel takes this call, else the reason."""
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return f"q has dtype {q.dtype}; the kernels take float32 and bfloat16"
+    """None if the fused kernels of this device take this call, else the reason."""
+    allowed = _DTYPES.get(q.device.type, ())
+    if q.dtype not in allowed:
+        names = ", ".join(map(str, allowed)) or "none there"
+        return f"q has dtype {q.dtype} on {q.device.type}; the kernels take {names}"
     if k.dtype != q.dtype:
         return f"k has dtype {k.dtype}; the kernels take that of q, {q.dtype}"
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None and weight.dtype not in (torch.float32, q.dtype):
             return f"{name} has dtype {weight.dtype}; the kernels take float32 or the dtype of q ({q.dtype})"
+    if q.device.type == "cuda" and q.shape[-1] > _GPU_HEAD:
+        return f"q has head dimension {q.shape[-1]}; the GPU kernels take at most {_GPU_HEAD}"
     return None
 
 
@@ -120,6 +132,18 @@ def _cpu_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return kernels.backward(*arguments)
 
 
+def _cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from snapgen_kernels._triton import qk_norm_rope as kernels
+
+    return kernels.forward(*arguments)
+
+
+def _cuda_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._triton import qk_norm_rope_backward as kernels
+
+    return kernels.backward(*arguments)
+
+
 OP = register(
     NAME,
     "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor? cos, Tensor? sin, float eps",
@@ -127,9 +151,11 @@ OP = register(
     differentiable=("q", "k", "q_weight", "k_weight"),
     reference=reference,
     fake=_fake,
-    kernels=("cpu",),
+    kernels=("cpu", "cuda"),
     cpu=_cpu,
     cpu_backward=_cpu_backward,
+    cuda=_cuda,
+    cuda_backward=_cuda_backward,
     unsupported=_unsupported,
 )
 

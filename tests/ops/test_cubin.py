@@ -65,8 +65,8 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COMBINATIONS = [*((target, "bf16") for target in TARGETS), ("sm_90", "fp16"), ("sm_90", "fp32")]
 FLOATS = ("eps", "scale")
-# Pointers through which kernels read images; others are parameters, statistics, parts of sums, outputs.
-IMAGES = {"p_x", "p_h", "p_d", "p_dy", "p_dh", "p_dd"}
+# Pointers through which kernels read images and tokens; others are parameters, statistics, parts of sums, outputs.
+IMAGES = {"p_x", "p_h", "p_d", "p_dy", "p_dh", "p_dd", "p_q", "p_k"}
 
 
 def _files() -> list[ModuleType]:
@@ -184,7 +184,8 @@ def test_machine_code(target: str, build: Build, disassemble: bool, tmp_path: Pa
 def _tensor_core(build: Build, goal: Target) -> str:
     rows = next((build.constants[name] for name in ("BLOCK_M", "BLOCK_O") if name in build.constants), 64)
     small = rows < 64 or build.options.get("num_warps", 4) < 4
-    return SMALL_PRODUCT if small and goal.backend == "cuda" else goal.tensor_core
+    # Which of a tile's sides are rows of the product differs between kernels: a small side may be the columns.
+    return f"{SMALL_PRODUCT}|{goal.tensor_core}" if small and goal.backend == "cuda" else goal.tensor_core
 
 
 @pytest.mark.skipif(INTERPRETED, reason="jit functions are of another class")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 import snapgen_kernels
 from snapgen_kernels import _backend, checks
+from snapgen_kernels.attention import reference as attention_reference
+from snapgen_kernels.qk_norm_rope import reference as qk_norm_rope_reference
 from snapgen_kernels.testing import LAYOUTS, SPECS, Case, Inputs, bench_cases, small_cases
 from tests.ops import configs
 
@@ -30,22 +32,29 @@ if torch.cuda.is_available():  # cuBLAS asks for it where determinism is asked f
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 OPS = [op for op, spec in SPECS.items() if "cuda" in _backend.KERNELS[spec.op.name]]
-# Those whose kernels take channels_last alone; tokens have no memory format.
-LAST_ONLY = [op for op in OPS if op not in ("group_norm_silu", "geglu")]
+# Those of tokens, not of images.
+TOKENS = ("qk_norm_rope", "attention", "geglu")
+# Those whose kernels take channels_last alone.
+LAST_ONLY = [op for op in OPS if op != "group_norm_silu" and op not in TOKENS]
 SMALL = [case for op in OPS for case in small_cases(op)]
 SMALL += [replace(case, dtype=torch.float16) for case in SMALL if case.dtype == torch.float32 and not case.offset]
 
 
 def _first(op: str) -> Case:
     """A case with everything that the op can take."""
-    return next((case for case in small_cases(op) if case.name in ("all", "shortcut")), small_cases(op)[0])
+    return next((case for case in small_cases(op) if case.name in ("all", "shortcut", "self")), small_cases(op)[0])
+
+
+def _stream_of(case: Case) -> str:
+    """The input that flows through the op."""
+    return "x" if case.op not in ("qk_norm_rope", "attention") else "q"
 
 
 FIRST = [replace(_first(op), dtype=dtype) for op in OPS for dtype in FLOATS]
 PLAIN = [case for case in FIRST if case.dtype == torch.float32]
-# The model's first and last stage.
-MODEL_NAMES = ("256ch-128", "896ch-32", "896-2688-1024")
-MODEL = [case for op in OPS for case in bench_cases(op) if case.name in MODEL_NAMES]
+# The model's first and last stage, its self-attention and a cross-attention of many queries.
+NAMES = ("256ch-128", "896ch-32", "896-2688-1024", "self-14x64-1024", "cross-14x64-333", "cross-8x64-4096-333")
+MODEL = [case for op in OPS for case in bench_cases(op) if case.name in NAMES]
 MODEL = [case for case in MODEL if case.dtype == torch.bfloat16]
 ops = pytest.mark.parametrize("op", OPS)
 
@@ -115,7 +124,8 @@ def test_second_derivatives_go_through_the_reference(case: Case) -> None:
     leaves = list(checks.leaves_of(case, inputs).values())
 
     def penalty(function: Callable[[Inputs], Any]) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(function(inputs).square().mean(), leaves[0], create_graph=True)[0]
+        output = checks.outputs_of(function(inputs))[0]
+        first = torch.autograd.grad(output.square().mean(), leaves[0], create_graph=True)[0]
         return torch.autograd.grad(first.square().sum(), leaves, allow_unused=True, materialize_grads=True)
 
     for mine, plain in zip(penalty(case.spec.registered), penalty(case.spec.reference), strict=True):
@@ -128,7 +138,8 @@ def test_compiles_as_one_graph(case: Case, backend: str) -> None:
     checks.check_compile(case, DEVICE, backend)
 
 
-@ops
+# PyTorch's own attention does without tf32 and sets no bound for it.
+@pytest.mark.parametrize("op", [op for op in OPS if op != "attention"])
 def test_tf32_only_where_pytorch_would(op: str) -> None:
     """Allowed: within the bound of PyTorch's own tf32. Not allowed: the test above, against fp32."""
     case = next((c for c in bench_cases(op) if c.dtype == torch.float32), None)
@@ -163,8 +174,8 @@ def test_channels_first_is_named(op: str, caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_output_keeps_the_memory_format(op: str, layout: str) -> None:
     case = replace(_first(op), layout=layout)
-    inputs = case.inputs(DEVICE)
-    assert case.spec.registered(inputs).stride() == case.spec.registered(case.inputs("meta")).stride()
+    mine, fake = (checks.outputs_of(case.spec.registered(case.inputs(device))) for device in (DEVICE, "meta"))
+    assert [o.stride() for o in mine] == [o.stride() for o in fake]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -172,8 +183,9 @@ def test_the_output_keeps_the_memory_format(op: str, layout: str) -> None:
 def test_nan_and_inf_reach_their_own_sample_alone(case: Case, value: float) -> None:
     case = replace(case, dims={**case.dims, "B": 2})
     inputs = case.inputs(DEVICE)
-    inputs["x"][(1, *[0] * (inputs["x"].dim() - 1))] = value
-    y = case.spec.registered(inputs)
+    stream = inputs[_stream_of(case)]
+    stream[(1, *[0] * (stream.dim() - 1))] = value
+    y = checks.outputs_of(case.spec.registered(inputs))[0]
     assert y[0].isfinite().all() and not y[1].isfinite().all()
 
 
@@ -245,11 +257,12 @@ def test_kernels_run_on_the_current_stream(case: Case) -> None:
     """The input is made late, on a stream of its own; a kernel on another stream would read what was there before."""
     inputs = case.inputs(DEVICE)
     expected = _only_forward(case, inputs)
-    late = {**inputs, "x": torch.full_like(inputs["x"], float("nan"))}
+    name = _stream_of(case)
+    late = {**inputs, name: torch.full_like(inputs[name], float("nan"))}
 
     def delayed() -> list[Tensor]:
         torch.cuda._sleep(200_000_000)
-        late["x"].copy_(inputs["x"])
+        late[name].copy_(inputs[name])
         return _only_forward(case, late)
 
     for mine, right in zip(_on_a_stream_of_its_own(delayed), expected, strict=True):
@@ -361,6 +374,26 @@ def test_gelu_everywhere(dtype: torch.dtype) -> None:
     found = [torch.autograd.grad(y.sum(), leaf)[0] for y, leaf in ((mine, x), (eager, plain), (right, exact))]
     checks.assert_close("gradient", *found)
     assert torch.equal(mine[0, gates.float() > 6, 0], gates[gates.float() > 6])
+
+
+@pytest.mark.skipif("attention" not in OPS, reason="attention has no GPU kernels")
+@pytest.mark.parametrize("rope", [0, 1])
+def test_65536_tokens(rope: int) -> None:
+    """The last queries of many against the reference; gradients are finite."""
+    case = Case("attention", "long", {"B": 1, "N": 65536, "H": 14, "D": 64, "M": 65536, "rope": rope}, torch.bfloat16)
+    inputs = case.inputs(DEVICE, requires_grad=True)
+    long = checks.run(case, case.spec.registered, inputs)
+    assert all(value.isfinite().all() for value in long.values())
+    names = ("q", "k", "v", "q_weight", "k_weight")
+    tables = [inputs[name] for name in ("cos", "sin")]
+
+    def last(dtype: torch.dtype) -> Tensor:
+        q, k, v, *weights = (inputs[name].detach().to(dtype) for name in names)
+        q, ends = q[:, -256:], [None if t is None else t[-256:] for t in tables]
+        ready = qk_norm_rope_reference(q, q[:, :, 0], *weights, *ends)[0]
+        return attention_reference(ready, qk_norm_rope_reference(k[:, :, None], k, *weights, *tables)[1], v)
+
+    checks.assert_close("last queries", long["output 0"][:, -256:], last(torch.bfloat16), last(torch.float64))
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------

@@ -32,10 +32,14 @@ FILES = {
     "sepconv": ("sepconv", "sepconv_backward"),
     "resblock": ("resblock", "resblock_backward"),
     "geglu": ("geglu", "geglu"),
+    "qk_norm_rope": ("qk_norm_rope", "qk_norm_rope_backward"),
+    "attention": ("attention", "attention_backward"),
 }
 # One process each, so that they run side by side.
 GROUPS = {
-    "group_norm_silu": "not sepconv and not resblock and not geglu",
+    "group_norm_silu": "group_norm_silu or many_chunks",
+    "qk_norm_rope": "qk_norm_rope",
+    "attention": "attention",
     "sepconv": "sepconv",
     "resblock": "resblock and not sepconv",
     "geglu": "geglu",
@@ -75,11 +79,29 @@ SIZES = {
         "one-token": {"B": 1, "N": 1, "C": 1, "F": 1},
         "wide": {"B": 1, "N": 150, "C": 136, "F": 140},
     },
+    "attention": {
+        "self": {"B": 2, "N": 47, "H": 3, "D": 64, "M": 47, "rope": 1},
+        "cross": {"B": 2, "N": 37, "H": 2, "D": 24, "M": 150},
+        "masked": {"B": 3, "N": 35, "H": 2, "D": 20, "M": 77, "mask": 1},
+        "no-norm": {"B": 1, "N": 64, "H": 2, "D": 32, "M": 128, "norm": 0},
+        "rope-only": {"B": 1, "N": 70, "H": 1, "D": 8, "M": 70, "norm": 0, "rope": 1},
+        "one-key": {"B": 1, "N": 40, "H": 3, "D": 16, "M": 1, "norm": 0},
+        "one-token": {"B": 2, "N": 1, "H": 1, "D": 16, "M": 5},
+        "wide-head": {"B": 1, "N": 33, "H": 2, "D": 100, "M": 33, "rope": 1},
+    },
+    "qk_norm_rope": {
+        "self": {"B": 2, "N": 45, "H": 3, "D": 64, "M": 45, "rope": 1},
+        "cross": {"B": 2, "N": 37, "H": 2, "D": 24, "M": 41},
+        "odd-head": {"B": 1, "N": 70, "H": 5, "D": 20, "M": 70, "rope": 1},
+        "wide-head": {"B": 1, "N": 20, "H": 2, "D": 200, "M": 20, "rope": 1},
+        "one-token": {"B": 1, "N": 1, "H": 1, "D": 64, "M": 1, "rope": 1},
+    },
 }
 # Whose memory format changes what is launched: every size runs contiguous too.
 BOTH_FORMATS = ("group_norm_silu",)
 launched: list[str] = []
 NARROW = (torch.float16, torch.bfloat16)
+NARROWED = ("all", "stride", "upsample", "shortcut", "same", "self", "cross", "masked")
 
 
 def _first(op: str) -> Case:
@@ -100,10 +122,7 @@ def _cases(op: str) -> Iterator[Case]:
         few = name in ("all", "one-pixel", "one-token") or (op == "geglu" and name == "small")
         case = Case(op, name, dims) if cheap or few else _once(Case(op, name, dims))
         yield from (replace(case, layout=layout) for layout in LAYOUTS[: 2 if op in BOTH_FORMATS else 1])
-    narrow = (
-        ("small", "long", "not-kept") if cheap or op == "geglu" else ("all", "stride", "upsample", "shortcut", "same")
-    )
-    for name in narrow:
+    for name in ("small", "long", "not-kept") if cheap or op == "geglu" else NARROWED:
         if name in SIZES[op]:
             yield from (_once(Case(op, name, SIZES[op][name], dtype)) for dtype in NARROW)
     for layout in LAYOUTS[2 if op in BOTH_FORMATS else 1 :]:
