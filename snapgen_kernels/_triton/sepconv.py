@@ -6,7 +6,7 @@ Two plans, chosen per shape:
   multiplies it. A few samples at a time, so that the depthwise image is read back from the L2 cache and costs the
   memory nothing.
 - ``fused``: :func:`fused_kernel` computes the rows of its product from nine taps each; nothing is kept in between.
-  Every tap normalises anew, so that it pays where there is no norm (the samplers), or few outputs.
+  Nine taps a pixel, again for each block of outputs, are many instructions: it pays where outputs are few.
 
 The depthwise kernel walks its tiles backwards and the product forwards: each begins with what the one before it touched
 last, which the L2 cache still holds. Sums have an order given by shape and config: no atomics, a repeat is bitwise
