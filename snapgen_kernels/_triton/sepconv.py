@@ -3,8 +3,8 @@
 Two plans, chosen per shape:
 
 - ``split``: :func:`depthwise_kernel` (normalise, SiLU, 3x3) writes the depthwise image, :func:`pointwise_kernel`
-  multiplies it. A few samples at a time, so that the depthwise image is read back from the L2 cache and costs the
-  memory nothing.
+  multiplies it. All samples at once, or a few at a time, so that the depthwise image is read back from the L2 cache
+  and costs the memory nothing.
 - ``fused``: :func:`fused_kernel` computes the rows of its product from nine taps each; nothing is kept in between.
   Nine taps a pixel, again for each block of outputs, are many instructions: it pays where outputs are few.
 
