@@ -81,7 +81,7 @@ def _right_bf16() -> None:
         mend_bf16()
 
 
-def _depthwise(x: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, norm: Any, stride: int, upsample: bool) -> Tensor:
+def _depthwise(x: Tensor, taps: Tensor, dw_bias: Tensor | None, norm: Any, stride: int, upsample: bool) -> Tensor:
     a = x.float()
     if norm is not None:
         per_group = x.shape[1] // norm.num_groups
@@ -90,7 +90,7 @@ def _depthwise(x: Tensor, dw_weight: Tensor, dw_bias: Tensor | None, norm: Any, 
         a = F.silu((a - mean) * rstd * weight + bias)
     a = F.interpolate(a, scale_factor=2.0) if upsample else a
     bias = None if dw_bias is None else dw_bias.float()
-    d = F.conv2d(a, dw_weight.float(), bias, stride, 1, groups=x.shape[1])
+    d = F.conv2d(a, taps.t().reshape(-1, 1, 3, 3).float(), bias, stride, 1, groups=x.shape[1])
     return d.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
