@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snapgen_kernels import _backend
-from snapgen_kernels._library import CostCase, check_shape, register
+from snapgen_kernels._library import CostCase, check_shape, dtype_seen, register
 from snapgen_kernels.group_norm_silu import compute_dtype
-from snapgen_kernels.qk_norm_rope import _unsupported as qk_norm_rope_unsupported
-from snapgen_kernels.qk_norm_rope import check_qk, qk_norm_rope
+from snapgen_kernels.qk_norm_rope import check_qk, qk_norm_rope, unsupported_dtypes
 from snapgen_kernels.qk_norm_rope import reference as qk_norm_rope_reference
 
 NAME = "attention"
@@ -118,11 +117,12 @@ def _unsupported(
     *_: Tensor | float | None,
 ) -> str | None:
     """None if a fused kernel takes this call, else the reason."""
-    if v.dtype != q.dtype:
-        return f"v has dtype {v.dtype}; the kernels take that of q, {q.dtype}"
+    dtype = dtype_seen(q)
+    if dtype_seen(v) != dtype:
+        return f"v has dtype {v.dtype}; the kernels take that of q, {dtype}"
     if q.device.type == "cuda" and not 0 < q.shape[-1] <= _GPU_HEAD:
         return f"q has head dimension {q.shape[-1]}; the GPU kernels take 1 to {_GPU_HEAD}"
-    return qk_norm_rope_unsupported(q, k, q_weight, k_weight)
+    return unsupported_dtypes(q, (dtype, dtype_seen(k)), q_weight, k_weight)
 
 
 def _cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -215,6 +215,8 @@ def attention(
             raise TypeError(f"{NAME}: key_mask has dtype {key_mask.dtype}; expected torch.bool (True: attend)")
         if key_mask.shape != k.shape[:2]:
             raise ValueError(f"{NAME}: key_mask has shape {tuple(key_mask.shape)}; expected {tuple(k.shape[:2])}")
+        if key_mask.device != q.device:
+            raise ValueError(f"{NAME}: key_mask is on device {key_mask.device}; the first input is on {q.device}")
     if _backend.select(NAME, q.device.type, _unsupported(q, k, v, key_mask, q_weight, k_weight)):
         return torch.ops.snapgen.attention(q, k, v, key_mask, q_weight, k_weight, cos, sin, scale, eps)[0]
     if _backend.is_reference():

@@ -187,9 +187,15 @@ def _check_formula(source: nn.Module, head_dim: int) -> None:
         if abs(float(value) - float(expected)) > 1e-6 * abs(float(expected)):
             raise ValueError(f"source: its {name} is {value}; the converted module has {expected}")
     for name in ("norm_q", "norm_k"):
-        kind = type(getattr(source, name, None)).__name__
+        norm = getattr(source, name, None)
+        kind = type(norm).__name__
         if kind not in ("RMSNorm", "NoneType"):
             raise ValueError(f"source: its {name} is a {kind}; expected an RMSNorm or None")
+        if norm is not None and getattr(norm, "weight", None) is None:
+            raise ValueError(f"source: its {name} has no weight; expected an RMSNorm with one, or None")
+    q_eps, k_eps = (getattr(getattr(source, name, None), "eps", _EPS) for name in ("norm_q", "norm_k"))
+    if q_eps is None or q_eps != k_eps:
+        raise ValueError(f"source: its norms have eps {q_eps} and {k_eps}; expected one number for both")
 
 
 def _heads(weight: Tensor, head_dim: int) -> Tensor:

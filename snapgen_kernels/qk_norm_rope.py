@@ -106,15 +106,22 @@ def _unsupported(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *_: Tensor | float | None
 ) -> str | None:
     """None if the fused kernels of this device take this call, else the reason."""
-    allowed = _DTYPES.get(q.device.type, ())
-    if q.dtype not in allowed:
+    return unsupported_dtypes(q, (q.dtype, k.dtype), q_weight, k_weight)
+
+
+def unsupported_dtypes(
+    q: Tensor, seen: tuple[torch.dtype, torch.dtype], q_weight: Tensor | None, k_weight: Tensor | None
+) -> str | None:
+    """:func:`_unsupported` for an op that sees q and k in these dtypes."""
+    allowed, (dtype, other) = _DTYPES.get(q.device.type, ()), seen
+    if dtype not in allowed:
         names = ", ".join(map(str, allowed)) or "none there"
-        return f"q has dtype {q.dtype} on {q.device.type}; the kernels take {names}"
-    if k.dtype != q.dtype:
-        return f"k has dtype {k.dtype}; the kernels take that of q, {q.dtype}"
+        return f"q has dtype {dtype} on {q.device.type}; the kernels take {names}"
+    if other != dtype:
+        return f"k has dtype {other}; the kernels take that of q, {dtype}"
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None and weight.dtype not in (torch.float32, q.dtype):
-            return f"{name} has dtype {weight.dtype}; the kernels take float32 or the dtype of q ({q.dtype})"
+        if weight is not None and weight.dtype not in (torch.float32, dtype):
+            return f"{name} has dtype {weight.dtype}; the kernels take float32 or the dtype of q ({dtype})"
     if q.device.type == "cuda" and q.shape[-1] > _GPU_HEAD:
         return f"q has head dimension {q.shape[-1]}; the GPU kernels take at most {_GPU_HEAD}"
     return None

@@ -204,8 +204,8 @@ class Grid(NamedTuple):
 def dealt_out(batch: int, tokens: int, heads: int, block_t: int, processors: int) -> Grid:
     """Few heads of one tile where that fills the GPU no more than once; beyond, more heads, then more tiles."""
     total, wanted = batch * common.cdiv(tokens, block_t), WAVES * processors
-    groups = min(heads, max(1, common.cdiv(wanted, max(total, 1))))
-    per_program = common.cdiv(heads, groups)
+    groups = max(1, min(heads, common.cdiv(wanted, max(total, 1))))
+    per_program = max(1, common.cdiv(heads, groups))
     tiles = max(1, total // wanted)
     return Grid(per_program, tiles, common.cdiv(total, tiles) * common.cdiv(heads, per_program))
 

@@ -144,7 +144,7 @@ def fused_kernel(
 FUSED_CONFIGS = (
     ProductConfig(128, 256, 32, 8, 1),
     ProductConfig(128, 128, 64, 8, 1),
-    ProductConfig(64, 128, 64, 8, 1),
+    ProductConfig(64, 128, 64, 4, 1),
 )
 FUSED_CONFIGS_FP32 = (ProductConfig(32, 64, 32, 8, 1),)
 

@@ -197,3 +197,24 @@ def test_empty(shape: tuple[int, int, int, int]) -> None:
         if 0 in shape:
             assert not grad.any()
     assert o.shape == (batch, tokens, heads, 8) and not o.any()
+
+
+def test_a_mask_elsewhere_is_refused() -> None:
+    q, k, v = _inputs(torch.float32)
+    mask = torch.ones(k.shape[:2], dtype=torch.bool, device="meta")
+    with pytest.raises(ValueError, match="key_mask is on device meta; the first input is on cpu"):
+        attention(q, k, v, key_mask=mask)
+
+
+@built
+def test_autocast_settles_the_dtypes_before_they_are_compared() -> None:
+    """What a rotation left in fp32 goes with values in bf16; weights in fp16 go with neither."""
+    q, k, v = _inputs(torch.float32)
+    weights = torch.ones(2, q.shape[-1])
+    with torch.autocast("cpu", torch.bfloat16), snapgen_kernels.use("fused"):
+        o = attention(q, k, v.bfloat16(), q_weight=weights[0], k_weight=weights[1])
+        assert torch.equal(
+            o, attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), q_weight=weights[0], k_weight=weights[1])
+        )
+        with pytest.raises(snapgen_kernels.FusedUnavailable, match="q_weight has dtype"):
+            attention(q, k, v, q_weight=weights[0].half(), k_weight=weights[1].half())

@@ -24,6 +24,25 @@ def _attention(**changes: Any) -> nn.Module:
     return block.eval()
 
 
+def _with_eps(eps: float | None) -> nn.Module:
+    block = _attention()
+    block.norm_k.eps = eps
+    return block
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda: _attention(elementwise_affine=False), "its norm_q has no weight"),
+        (lambda: _with_eps(1e-3), "its norms have eps 1e-05 and 0.001"),
+        (lambda: _with_eps(None), "its norms have eps 1e-05 and None"),
+    ],
+)
+def test_norms_that_cannot_be_converted(source: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        multi_query_attention(source())
+
+
 def _feed_forward(**changes: Any) -> nn.Module:
     from diffusers.models.attention import FeedForward
 

@@ -177,3 +177,23 @@ def test_autocast_runs_in_bf16(training: bool, given: torch.dtype) -> None:
         y.float().square().mean().backward()
         weight = block.proj_in.weight
         assert weight.grad is not None and weight.grad.dtype == torch.float32 and weight.grad.abs().sum() > 0
+
+
+@built
+def test_warmup_runs_the_kernel_of_either_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that keeps h for a backward, and the one of a call without gradients."""
+    from snapgen_kernels._cpu import geglu as kernels
+
+    seen: list[bool] = []
+    plain = kernels.forward
+
+    def noted(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+        seen.append(keep)
+        return plain(x, weight, bias, keep)
+
+    monkeypatch.setattr(kernels, "forward", noted)
+    shapes = {"geglu": [{"B": 1, "N": 3, "C": 8, "F": 5}]}
+    snapgen_kernels.warmup(shapes, dtypes=(torch.float32,), progress=False)
+    assert seen == [True, False]
+    snapgen_kernels.warmup(shapes, dtypes=(torch.float32,), backward=False, progress=False)
+    assert seen == [True, False, False]

@@ -196,6 +196,13 @@ def test_an_empty_batch(op: str) -> None:
 
 
 @inside
+@pytest.mark.parametrize("op", ["qk_norm_rope", "attention"])
+def test_no_heads(op: str) -> None:
+    case = _first(op)
+    checks.check_gradients(_once(replace(case, dims={**case.dims, "H": 0})), function=case.spec.registered)
+
+
+@inside
 @ops
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_metadata(op: str, layout: str) -> None:
