@@ -29,6 +29,7 @@ def test_importing_loads_and_sets_nothing() -> None:
 import sys, torch
 before = (torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
 import snapgen_kernels
+from tests.ops.variants import built
 loaded = [m for m in ("triton", "snapgen_kernels._C", "nvtx", "diffusers", "torch._inductor") if m in sys.modules]
 assert not loaded, loaded
 assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
@@ -156,6 +157,7 @@ def test_warmup() -> None:
         snapgen_kernels.warmup({"conv9": []})
 
 
+@built
 def test_warmup_names_the_call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(_backend, "missing_kernel", lambda op, device: None)
     count = snapgen_kernels.warmup({"geglu": [{"B": 1, "N": 2, "C": 4, "F": 3}]}, dtypes=[torch.float32])

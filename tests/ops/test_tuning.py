@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import snapgen_kernels
+from tests.ops.variants import built
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -326,6 +327,7 @@ def test_export_without_a_gpu(tuning: ModuleType, tmp_path: Path, monkeypatch: p
         tuning.export(tmp_path)
 
 
+@built
 def test_warmup_tunes_every_case(
     tuning: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
