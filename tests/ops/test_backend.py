@@ -30,6 +30,7 @@ import sys, torch
 before = (torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
 import snapgen_kernels
 from tests.ops.variants import built
+from tests.ops.variants import built
 loaded = [m for m in ("triton", "snapgen_kernels._C", "nvtx", "diffusers", "torch._inductor") if m in sys.modules]
 assert not loaded, loaded
 assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
