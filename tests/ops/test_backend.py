@@ -14,6 +14,7 @@ import torch
 import snapgen_kernels
 from snapgen_kernels import _backend
 from snapgen_kernels.testing import SPECS
+from tests.ops.variants import built
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,8 +30,6 @@ def test_importing_loads_and_sets_nothing() -> None:
 import sys, torch
 before = (torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
 import snapgen_kernels
-from tests.ops.variants import built
-from tests.ops.variants import built
 loaded = [m for m in ("triton", "snapgen_kernels._C", "nvtx", "diffusers", "torch._inductor") if m in sys.modules]
 assert not loaded, loaded
 assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
