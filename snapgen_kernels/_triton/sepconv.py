@@ -157,11 +157,6 @@ def fused_configs(dtype: torch.dtype, capability: int, simple: bool) -> tuple[Pr
     return tuple(c for c in FUSED_CONFIGS if only(c) in (0, capability) and c.block_n <= widest)
 
 
-def samples_at_once(batch: int, sample_bytes: int) -> int:
-    """How many samples' scratch stays in the L2 cache, evenly shared out; all where not even one's does."""
-    return costs.samples_in_cache(batch, batch * sample_bytes)
-
-
 class Half(NamedTuple):
     """A separable convolution with all that stands around it; tensors are channels_last and dense."""
 
@@ -240,7 +235,7 @@ def plans(half: Half) -> tuple[tuple[Plan, ...], Plan]:
     )  # fmt: skip
     fusible = are_whole(channels, outputs, half.ending.inputs())
     rule = Plan(fusible and predicted.form == "fused", predicted.samples)
-    blocked = Plan(False, samples_at_once(batch, channels * out[0] * out[1] * size))
+    blocked = Plan(False, costs.samples_in_cache(batch, batch * channels * out[0] * out[1] * size))
     fused = (Plan(True, batch),) if fusible else ()
     return tuple(dict.fromkeys((rule, blocked, Plan(False, batch), *fused))), rule
 

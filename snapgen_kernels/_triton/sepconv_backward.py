@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from snapgen_kernels import costs
 from snapgen_kernels._library import like
 from snapgen_kernels._triton import common, depthwise_backward, norm_backward, tuning, weight_gradient
 from snapgen_kernels._triton.depthwise import Affine, by_tap, depthwise
 from snapgen_kernels._triton.pointwise import pointwise
-from snapgen_kernels._triton.sepconv import samples_at_once
 
 
 class Saved(NamedTuple):
@@ -71,8 +71,8 @@ class Plan(NamedTuple):
 
 def plans(saved: Saved, dy: Tensor) -> tuple[tuple[Plan, ...], Plan]:
     """The plans that a half may follow, and the rule's choice."""
-    batch, channels = saved.x.shape[:2]
-    blocked = Plan(samples_at_once(batch, channels * dy.shape[2] * dy.shape[3] * dy.element_size()))
+    batch = saved.x.shape[0]
+    blocked = Plan(costs.samples_in_cache(batch, saved.x.shape[1] * dy[:, 0].numel() * dy.element_size()))
     # The rule is the whole batch: the CPU launches a block about as fast as the GPU computes it.
     whole = Plan(batch)
     return tuple(dict.fromkeys((whole, blocked))), whole
