@@ -6,16 +6,18 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from snapgen.export.options import DEFAULTS, Options
 from snapgen.train import TrainConfig
 
 console = Console()
+ABOUT = "SnapGen: text to pictures, small enough for a phone."
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -183,24 +185,22 @@ def evaluate(
         io.write_json(out, scores)
 
 
-def export(
-    kind: Positional[Literal["coreml"]],
+def export_coreml(
     checkpoint: Positional[str] = "tiny",
     *,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("out/coreml"),
-    target: str = "iOS17",
+    options: OmitArgPrefixes[Options] = DEFAULTS,
 ) -> None:
-    """Export a checkpoint for phones, checked against PyTorch before anything is kept.
+    """Core ML packages of a checkpoint, checked against PyTorch before anything is kept.
 
     Args:
-        kind: What to export to: Core ML packages.
         checkpoint: A folder, or the name of a shipped one.
         out: Folder for the .mlpackage files.
-        target: Oldest system that the packages must run on: iOS17 or iOS18.
+        options: What to export, and for what.
     """
     from snapgen.export.coreml import main_coreml
 
-    main_coreml(checkpoint, out, target=target)
+    main_coreml(checkpoint, out, options)
 
 
 def demo(*, out: Annotated[Path, arg(aliases=["-o"])] = Path("out"), per_skill: int = 25) -> None:
@@ -222,8 +222,16 @@ COMMANDS: dict[str, Any] = {
     "train": train,
     "train-autoencoder": train_autoencoder,
     "eval": evaluate,
-    "export": export,
 }
+# `snapgen export ...` has commands of its own.
+EXPORTS: dict[str, Any] = {
+    "coreml": export_coreml,
+}
+EXPORTS_ABOUT = "Export a checkpoint for phones, and look into what was exported."
+
+
+def export() -> None:
+    """Export a checkpoint for phones (snapgen export --help)."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -232,9 +240,12 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="snapgen", description="SnapGen: text to pictures, small enough for a phone.", args=argv
-        )
+        run = tyro.extras.subcommand_cli_from_dict
+        arguments = sys.argv[1:] if argv is None else argv
+        if arguments[:1] == ["export"]:
+            run(EXPORTS, prog="snapgen export", description=EXPORTS_ABOUT, args=arguments[1:])
+        else:
+            run(COMMANDS | {"export": export}, prog="snapgen", description=ABOUT, args=arguments)
     except KeyboardInterrupt as interrupt:
         console.print(f"[yellow]{interrupt or 'stopped'}[/]")
         sys.exit(130)

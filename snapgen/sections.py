@@ -272,13 +272,13 @@ def export_packages(state: Run) -> Section:
         return _left_out(title, command, "The export needs coremltools, which is not installed here: "
                          "pip install 'snapgen[export]'.")  # fmt: skip
     from snapgen import info
-    from snapgen.export.coreml import export_pipeline
+    from snapgen.export.coreml import descriptions, export_pipeline
 
     exported = export_pipeline(state.pipe, state.out / "coreml", progress=lambda what, _: state.say(what))
-    packages = list(exported["parts"].values())
+    packages = descriptions(exported)
     rows, borders = [], []
     for found in packages:
-        name = found["file"]
+        name = Path(found["path"]).name
         weights = ", ".join(f"{info.si(kind['elements'])} {dtype}" for dtype, kind in found["weights"].items())
         rows.append(
             [name, f"{found['system']}+", weights, report.size(found["file_bytes"]),
@@ -292,7 +292,7 @@ def export_packages(state: Run) -> Section:
                 name = ""
     operations = [
         report.details(
-            f"Operations of {found['file']}",
+            f"Operations of {Path(found['path']).name}",
             report.table(["operation", "count"], [[report.code(k), n] for k, n in found["operations"].items()]),
         )
         for found in packages

@@ -24,9 +24,11 @@ import snapgen_kernels
 from snapgen.data import shapes
 from snapgen.decoder import TinyDecoder, TinyEncoder
 from snapgen.export import coreml, modules, parity
-from snapgen.export.coreml import convert, export_pipeline, main_coreml
+from snapgen.export.convert import convert
+from snapgen.export.coreml import export_pipeline, main_coreml
 from snapgen.export.inspect import describe, report
 from snapgen.export.interpreter import Program
+from snapgen.export.options import Options
 from snapgen.export.parts import Decoder, Denoiser, Feature, Part
 from snapgen.export.text import TextEncoder
 from snapgen.export.tools import ExportError, PackageError, ParityError, coremltools
@@ -95,9 +97,10 @@ def test_packages_hold_the_model(exported):
     assert {path.name for path in out.iterdir()} == set(FILES.values())
     assert found["target"] == "iOS17" and found["batch"] == 2
     for name, file in FILES.items():
-        entry = found["parts"][name]
-        assert entry["psnr"] >= parity.FLOORS[name] == entry["floor"]
-        assert describe(out / file).items() <= entry.items()
+        part = found["parts"][name]
+        assert part["psnr"] >= parity.FLOORS[name] == part["floor"]
+        (entry,) = part["packages"]
+        assert entry == describe(out / file)
         assert entry["system"] == "iOS17" and entry["kind"] == "mlProgram"
         metadata = entry["metadata"]
         assert metadata["description"].startswith("SnapGen") and metadata["license"] == "Apache-2.0"
@@ -109,7 +112,7 @@ def test_borders_are_those_of_the_pipeline(exported):
     _, found = exported
 
     def borders(name: str, side: str) -> dict:
-        return {f["name"]: (f["shape"], f["dtype"]) for f in found["parts"][name][side]}
+        return {f["name"]: (f["shape"], f["dtype"]) for f in found["parts"][name]["packages"][0][side]}
 
     assert borders("denoiser", "inputs") == {
         "sample": ([2, 4, 8, 8], "float16"),
@@ -132,7 +135,7 @@ def test_weights_are_fp16_and_complete(exported, pipe):
     _, found = exported
     parts = {"denoiser": pipe.denoiser, "decoder": pipe.decoder, "text_encoder": pipe.text_encoder}
     for name, module in parts.items():
-        weights = found["parts"][name]["weights"]
+        weights = found["parts"][name]["packages"][0]["weights"]
         # All but a few biases of fewer than ten numbers, which Core ML keeps in the program itself.
         assert weights["float16"]["elements"] > 0.97 * sum(p.numel() for p in module.parameters())
         assert weights["float16"]["bytes"] == 2 * weights["float16"]["elements"]
@@ -176,15 +179,15 @@ def test_the_packages_draw_the_pipeline_s_picture(exported, pipe):
 
 def test_no_trap_is_in_the_packages(exported):
     out, found = exported
-    operations = set().union(*(entry["operations"] for entry in found["parts"].values()))
+    operations = set().union(*(entry["packages"][0]["operations"] for entry in found["parts"].values()))
     # Copied KV heads; 1 / (x + 1e-4) for a division; an upsampling before a depthwise convolution; norms as Core ML's
     # own operations, whose fp16 squares overflow.
     assert not operations & {"tile", "inverse", "upsample_nearest_neighbor", "layer_norm", "instance_norm", "l2_norm"}
     assert not operations & {"gather_nd", "scatter", "pow", "square"}
     # Two scores per query head and block: 1 head in stage 0; 2 heads, self- and cross-attention, mid and up stage 1.
     heads = 1 + 2 * 2 + 2 * (2 * 2)
-    assert found["parts"]["denoiser"]["operations"]["softmax"] == heads
-    assert found["parts"]["denoiser"]["operations"]["einsum"] == 2 * heads
+    assert found["parts"]["denoiser"]["packages"][0]["operations"]["softmax"] == heads
+    assert found["parts"]["denoiser"]["packages"][0]["operations"]["einsum"] == 2 * heads
 
     wide, ranks = [], set()
 
@@ -346,7 +349,7 @@ def test_latents_that_do_not_halve_are_refused(pipe):
 def test_a_part_below_its_floor_leaves_nothing(pipe, tmp_path, monkeypatch):
     monkeypatch.setitem(parity.FLOORS, "decoder", 200.0)
     with pytest.raises(ParityError, match=r"decoder: the exported program is \d+\.\d dB .* the floor is 200 dB"):
-        export_pipeline(pipe, tmp_path, parts=("text_encoder", "decoder"))
+        export_pipeline(pipe, tmp_path, Options(parts=("text_encoder", "decoder")))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -357,7 +360,7 @@ def test_numbers_that_leave_fp16_fail_the_gate(pipe, tmp_path):
         broken.conv_out.weight.mul_(1e7)
     parts = dict(pipe.components, decoder=broken)
     with pytest.raises(ParityError, match="decoder: the exported program is -inf dB"):
-        export_pipeline(SnapGenPipeline(**parts, joint_text=True), tmp_path, parts=("decoder",))
+        export_pipeline(SnapGenPipeline(**parts, joint_text=True), tmp_path, Options(parts=("decoder",)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -373,14 +376,16 @@ def test_an_older_package_stays_until_a_later_export_holds(exported, pipe, tmp_p
 
     monkeypatch.setattr(coreml, "convert", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        export_pipeline(pipe, tmp_path, parts=("decoder", "text_encoder"), target="iOS18")
+        export_pipeline(pipe, tmp_path, Options(parts=("decoder", "text_encoder"), target="iOS18"))
     assert contents(tmp_path) == before
     monkeypatch.undo()
 
-    found = export_pipeline(pipe, tmp_path, parts=("decoder",), target="iOS18", batch=1)
-    assert found["parts"]["decoder"]["system"] == describe(tmp_path / FILES["decoder"])["system"] == "iOS18"
+    found = export_pipeline(pipe, tmp_path, Options(parts=("decoder",), target="iOS18", batch=1))
+    assert (
+        found["parts"]["decoder"]["packages"][0]["system"] == describe(tmp_path / FILES["decoder"])["system"] == "iOS18"
+    )
     assert [path.name for path in tmp_path.iterdir()] == [FILES["decoder"]]
-    assert coreml.build_part(pipe, "denoiser", batch=1, tokens=16).inputs[0].example.shape == (1, 4, 8, 8)
+    assert coreml.build_parts(pipe, "denoiser", Options(batch=1), 16)[0].inputs[0].example.shape == (1, 4, 8, 8)
 
 
 def global_state() -> dict:
@@ -410,7 +415,7 @@ def test_an_export_changes_nothing_and_says_nothing(pipe, tmp_path, capfd):
         if isinstance(module, nn.Module)
     }
     before = global_state()
-    export_pipeline(pipe, tmp_path, parts=("decoder", "text_encoder"))
+    export_pipeline(pipe, tmp_path, Options(parts=("decoder", "text_encoder")))
     assert global_state() == before
     for name, (weights, training) in modules_before.items():
         module = pipe.components[name]
@@ -429,9 +434,10 @@ def test_a_repeat_in_another_process_gives_the_same_bytes(exported, tmp_path):
     script = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from snapgen.export.coreml import export_pipeline\n"
+        "from snapgen.export.options import Options\n"
         "assert 'coremltools' not in sys.modules\n"
         "from tests.test_export import make_pipe\n"
-        "export_pipeline(make_pipe(), sys.argv[1], parts=('denoiser',))\n"
+        "export_pipeline(make_pipe(), sys.argv[1], Options(parts=('denoiser',)))\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
@@ -454,22 +460,23 @@ def test_a_repeat_in_another_process_gives_the_same_bytes(exported, tmp_path):
     ("arguments", "message"),
     [
         (dict(parts=("unet",)), "parts: unknown part 'unet'; choose from denoiser, decoder, text_encoder"),
-        (dict(parts=()), "parts: none given"),
         (dict(parts=("decoder", "decoder")), "names one twice"),
         (dict(target="iOS15"), "target: got 'iOS15'; allowed are iOS17, iOS18"),
         (dict(batch=3), "batch: got 3; allowed are 1 and 2"),
+        (dict(steps=0), "steps: got 0; must be at least 1"),
+        (dict(query_chunk=-1), "query_chunk: got -1; must be at least 1"),
     ],
 )
 def test_bad_arguments_are_named(pipe, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        export_pipeline(pipe, tmp_path / "out", **arguments)
+        export_pipeline(pipe, tmp_path / "out", Options(**arguments))
     assert not (tmp_path / "out").exists()
 
 
 def test_text_encoders_of_others_are_refused(pipe, tmp_path):
     large = SnapGenPipeline(**pipe.components, joint_text=False)
     with pytest.raises(ExportError, match="text_encoder: only one that was trained with the denoiser is exported"):
-        export_pipeline(large, tmp_path / "out")
+        export_pipeline(large, tmp_path / "out", Options(parts=("text_encoder",)))
 
 
 def test_without_coremltools_it_says_how_to_get_it(pipe, tmp_path, monkeypatch):
@@ -539,7 +546,7 @@ def test_a_file_is_no_package(tmp_path):
 def test_the_command_shows_progress_and_contents(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "checkpoint")
     console = Console(file=StringIO(), width=100, force_terminal=True)
-    found = main_coreml(str(tmp_path / "checkpoint"), tmp_path / "out", parts=("decoder",), console=console)
+    found = main_coreml(str(tmp_path / "checkpoint"), tmp_path / "out", Options(parts=("decoder",)), console=console)
     text = console.file.getvalue()
     for expected in ("checking the decoder", "VAEDecoder.mlpackage", "1x4x8x8", "pixel_shuffle", "(floor 55)"):
         assert expected in text

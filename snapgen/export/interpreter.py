@@ -8,7 +8,7 @@ in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,37 @@ class Program:
         if isinstance(value, (list, tuple)):
             return [self._resolve(item, values) for item in value]
         return self._constants[value.name] if value.name in self._constants else values[value.name]
+
+
+class Chain:
+    """Programs run one after the other: each takes its inputs from those given and from the outputs before it.
+
+    Attributes:
+        inputs: those that no program before makes: name -> (shape, dtype).
+        outputs: names of the last program's.
+    """
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        self.programs = tuple(programs)
+        self.inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        made: set[str] = set()
+        for program in self.programs:
+            self.inputs |= {name: border for name, border in program.inputs.items() if name not in made}
+            made.update(program.outputs)
+        self.outputs = self.programs[-1].outputs
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run them.
+
+        Raises:
+            ValueError: an input is missing, unknown, or of another shape.
+        """
+        if inputs.keys() != self.inputs.keys():
+            raise ValueError(f"inputs: got {sorted(inputs)}; the programs take {sorted(self.inputs)}")
+        values = dict(inputs)
+        for program in self.programs:
+            values |= program({name: values[name] for name in program.inputs})
+        return {name: values[name] for name in self.outputs}
 
 
 class _Arguments:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from snapgen import flow
-from snapgen.export.interpreter import Program
+from snapgen.export.interpreter import Chain
 from snapgen.export.tools import ParityError
 from snapgen.text import TextEmbedding
 from snapgen_kernels import use
@@ -83,12 +83,12 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def check(name: str, program: Program, pipe: Any, cases: Cases) -> float:
+def check(name: str, program: Chain, pipe: Any, cases: Cases) -> float:
     """Worst PSNR of a part over the cases.
 
     Args:
         name: "denoiser", "decoder" or "text_encoder".
-        program: the part's package.
+        program: the part's packages.
 
     Raises:
         ParityError: it is below the part's floor in `FLOORS`.
@@ -104,7 +104,7 @@ def check(name: str, program: Program, pipe: Any, cases: Cases) -> float:
     return figures[worst]
 
 
-def _denoiser(program: Program, pipe: Any, cases: Cases) -> dict[str, float]:
+def _denoiser(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
     model = plain(pipe.denoiser)
     batch = program.inputs["sample"][0][0]
     figures = {}
@@ -127,7 +127,7 @@ def _denoiser(program: Program, pipe: Any, cases: Cases) -> dict[str, float]:
     return figures
 
 
-def _decoder(program: Program, pipe: Any, cases: Cases) -> dict[str, float]:
+def _decoder(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
     model: Any = plain(pipe.decoder)
     batch = program.inputs["z"][0][0]
     figures = {}
@@ -137,7 +137,7 @@ def _decoder(program: Program, pipe: Any, cases: Cases) -> dict[str, float]:
     return figures
 
 
-def _text_encoder(program: Program, pipe: Any, cases: Cases) -> dict[str, float]:
+def _text_encoder(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
     batch, tokens = program.inputs["input_ids"][0]
     figures = {}
     for index, caption in enumerate(cases.captions):
