@@ -52,6 +52,7 @@ def generate(
 
     from snapgen import io
     from snapgen.pictures import save_grid
+    from snapgen.pipeline import load
 
     # Before any drawing, which a mistake here would throw away.
     if out.suffix.lower() not in PICTURES:
@@ -60,7 +61,7 @@ def generate(
         raise ValueError(f"out: {out} is a folder; name a picture file")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: got {seed}; must fit into 64 bits")
-    pipe = _load(checkpoint)
+    pipe = load(checkpoint)
     pictures = pipe(
         list(prompt),
         num_inference_steps=steps,
@@ -170,8 +171,9 @@ def evaluate(
     """
     from snapgen import evaluate as evaluation
     from snapgen import io
+    from snapgen.pipeline import load
 
-    pipe = _load(checkpoint)
+    pipe = load(checkpoint)
     contenders = {"": pipe, **({"untrained, ": evaluation.untrained(pipe, seed)} if untrained else {})}
     scores = {
         f"{who}{count} steps": evaluation.score_shapes(
@@ -186,21 +188,23 @@ def evaluate(
 
 
 def export_coreml(
-    checkpoint: Positional[str] = "tiny",
+    checkpoint: Positional[str | None] = None,
     *,
+    preset: str | None = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("out/coreml"),
     options: OmitArgPrefixes[Options] = DEFAULTS,
 ) -> None:
     """Core ML packages of a checkpoint, checked against PyTorch before anything is kept.
 
     Args:
-        checkpoint: A folder, or the name of a shipped one.
+        checkpoint: A folder, or the name of a shipped one ("tiny").
+        preset: Without a checkpoint: export this preset with random weights, to see sizes and speed on a phone.
         out: Folder for the .mlpackage files.
         options: What to export, and for what.
     """
     from snapgen.export.coreml import main_coreml
 
-    main_coreml(checkpoint, out, options)
+    main_coreml(checkpoint, out, options, preset)
 
 
 def demo(*, out: Annotated[Path, arg(aliases=["-o"])] = Path("out"), per_skill: int = 25) -> None:
@@ -252,18 +256,6 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-
-
-def _load(checkpoint: str) -> Any:
-    """The pipeline of a checkpoint, without the progress bars of the libraries that read it."""
-    import diffusers
-    import transformers
-
-    from snapgen.pipeline import SnapGenPipeline
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-    return SnapGenPipeline.from_pretrained(checkpoint)
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any) -> None:

@@ -6,21 +6,31 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from snapgen import io
+from snapgen.config import get_preset
+from snapgen.decoder import TinyDecoder
 from snapgen.export import inspect, parity
 from snapgen.export.convert import convert
+from snapgen.export.denoiser import Denoiser, DenoiserChunk, schedule
 from snapgen.export.interpreter import Chain, Program
 from snapgen.export.options import DEFAULTS, PARTS, Options
-from snapgen.export.parts import Decoder, Denoiser, Part
+from snapgen.export.parts import Decoder, Part
 from snapgen.export.text import TextEncoder
 from snapgen.export.tools import ExportError, coremltools, snapgen_version
+from snapgen.pipeline import SnapGenPipeline, load
+from snapgen.sampler import make_scheduler
+from snapgen.text import CLIP_TOKENS
+from snapgen.unet import SnapGenUNet
 from snapgen_kernels import use
 
+SCHEDULE = "Schedule.json"
+SEED = 0  # of the weights where there is no checkpoint
 Progress = Callable[[str, float], None]
 
 
@@ -66,7 +76,7 @@ def export_pipeline(
     steps = 2 * len(names) + 1
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".export-") as staging:
         tell("reading the pipeline", 0.0)
-        size, tokens = pipe.denoiser.config.sample_size, text_tokens(pipe)
+        size, tokens = pipe.denoiser.config.sample_size, options.tokens or text_tokens(pipe)
         cases = parity.make_cases(pipe, tokens, size, size)
         for index, name in enumerate(names):
             start = time.perf_counter()
@@ -84,6 +94,8 @@ def export_pipeline(
         for entry in report["parts"].values():
             for file in entry["packages"]:
                 _publish(Path(staging) / file, out_dir / file)
+        if options.steps is not None and "denoiser" in names:
+            io.write_json(out_dir / SCHEDULE, schedule(pipe, options.steps))
     for entry in report["parts"].values():
         entry["packages"] = [inspect.describe(out_dir / file) for file in entry["packages"]]
     tell("done", 1.0)
@@ -95,32 +107,55 @@ def build_parts(pipe: Any, name: str, options: Options, tokens: int) -> list[Par
     size = pipe.denoiser.config.sample_size
     with use("reference"), torch.random.fork_rng(devices=[]):  # layers draw weights when they are made
         if name == "denoiser":
-            return [Denoiser(pipe.denoiser, batch=options.batch, height=size, width=size, tokens=tokens)]
+            whole = Denoiser(
+                pipe.denoiser,
+                batch=options.batch,
+                height=size,
+                width=size,
+                tokens=tokens,
+                scheduled=options.steps is not None,
+                query_chunk=options.query_chunk,
+            )
+            return [DenoiserChunk(whole, False), DenoiserChunk(whole, True)] if options.chunks else [whole]
         if name == "decoder":
             return [Decoder(pipe.decoder, batch=1, height=size, width=size)]
         return [TextEncoder(pipe.text_encoder, batch=1, tokens=tokens)]
 
 
-def main_coreml(checkpoint: str, out: Path, options: Options = DEFAULTS, console: Any = None) -> dict[str, Any]:
+def main_coreml(
+    checkpoint: str | None, out: Path, options: Options = DEFAULTS, preset: str | None = None, console: Any = None
+) -> dict[str, Any]:
     """`snapgen export coreml`: load a checkpoint, export it under a progress bar, and print what is in the packages.
 
     Args:
-        checkpoint: a folder, or the name of a shipped checkpoint ("tiny").
+        checkpoint: a folder, or the name of a shipped checkpoint ("tiny"); None for weights drawn at random.
         out: folder for the packages.
         options: what to export, and for what.
+        preset: of the denoiser and decoder; with a checkpoint, the one that it must be of.
         console: a rich console; by default standard output.
 
     Returns:
         The report of `export_pipeline`.
+
+    Raises:
+        ValueError: neither checkpoint nor preset is given, or the checkpoint is of another preset.
+        ExportError: see `export_pipeline`.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from snapgen.pipeline import SnapGenPipeline
-
     coremltools()  # fail before the work if it is missing
     console = console or Console()
-    pipe = SnapGenPipeline.from_pretrained(checkpoint)
+    if checkpoint is None:
+        if preset is None:
+            raise ValueError("checkpoint: none given; name one, or a preset to export with random weights")
+        pipe, tokens = seeded_pipeline(preset)
+        options = replace(options, tokens=options.tokens or tokens)
+        console.print(f"[yellow]note:[/] {preset} with random weights, seed {SEED}: for sizes and speed, not pictures")
+    else:
+        pipe = load(checkpoint)
+        if preset is not None:
+            _check_preset(pipe, preset)
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=1.0)
@@ -135,6 +170,18 @@ def main_coreml(checkpoint: str, out: Path, options: Options = DEFAULTS, console
     return report
 
 
+def seeded_pipeline(name: str) -> tuple[SnapGenPipeline, int]:
+    """Denoiser and decoder of a preset with random weights, without text encoders; and the length of its context."""
+    preset = get_preset(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        denoiser, decoder = SnapGenUNet(**preset.denoiser).eval(), TinyDecoder(**preset.decoder).eval()
+    encoders = preset.text.get("encoders", ())
+    clip = CLIP_TOKENS if any(encoder.startswith("clip") for encoder in encoders) else 0
+    other = preset.text["max_tokens"] if "gemma-2" in encoders or not encoders else 0
+    return SnapGenPipeline(denoiser, decoder, make_scheduler(preset.shift)), clip + other
+
+
 def descriptions(report: dict[str, Any]) -> list[dict[str, Any]]:
     """What is in each package of an export's report, with its part's PSNR, for `inspect.report`."""
     return [package | {"psnr": entry["psnr"]} for entry in report["parts"].values() for package in entry["packages"]]
@@ -144,8 +191,21 @@ def text_tokens(pipe: Any) -> int:
     """Length of the text context: all that a jointly trained encoder takes, else what the encoders pad to."""
     if pipe.config.joint_text:
         return int(pipe.tokenizer.model_max_length)
+    if not parity.has_text(pipe):
+        raise ExportError("tokens: the pipeline has no text encoder that would tell the length of the context; give it")
     with torch.no_grad(), use("reference"):
         return pipe.encode_prompt(["a"]).context.shape[1]
+
+
+def _check_preset(pipe: Any, name: str) -> None:
+    """Refuse a checkpoint whose denoiser or decoder is not the preset's."""
+    preset = get_preset(name)
+    for part, wanted in (("denoiser", preset.denoiser), ("decoder", preset.decoder)):
+        config = getattr(pipe, part).config
+        for key, value in wanted.items():
+            found = tuple(config[key]) if isinstance(value, tuple) else config[key]
+            if found != value:
+                raise ValueError(f"preset: the checkpoint is not {name}: its {part} has {key}={found}, not {value}")
 
 
 def _publish(staged: Path, package: Path) -> None:

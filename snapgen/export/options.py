@@ -26,6 +26,9 @@ class Options:
     batch: Literal[1, 2] = 2
     """Of the denoiser: 2 takes both halves of classifier-free guidance in one call, 1 takes them in two."""
 
+    tokens: int | None = None
+    """Length of the text context; by default what the text encoders give."""
+
     steps: int | None = None
     """Fix the number of Euler steps: the denoiser then takes their time embeddings, from Schedule.json, not times."""
 
@@ -45,7 +48,7 @@ class Options:
             raise ValueError(f"target: got {self.target!r}; allowed are {', '.join(TARGETS)}")
         if self.batch not in (1, 2):
             raise ValueError(f"batch: got {self.batch!r}; allowed are 1 and 2")
-        for name in ("steps", "query_chunk"):
+        for name in ("tokens", "steps", "query_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}; must be at least 1")
