@@ -19,7 +19,7 @@ from bench import cases, goals, limits, machine, tables, timing
 from bench.providers.compiled import Compiled, release
 from bench.providers.eager import drawn
 from bench.results import Row, read
-from bench.timing import Clock, interleaved, kept_bytes
+from bench.timing import Clock, Untimed, interleaved, kept_bytes
 from snapgen_kernels import _backend, checks, costs
 from snapgen_kernels.testing import small_cases
 
@@ -131,6 +131,28 @@ def test_every_part_starts_with_cold_caches(gpu: SimulatedGpu) -> None:
     assert fills == [1, 2]
 
 
+def test_what_is_done_between_parts_is_not_timed(gpu: SimulatedGpu) -> None:
+    """It is done before each repetition of the part after it, and before the caches are cold."""
+    order: list[str] = []
+    fills: list[int] = []
+
+    def restore() -> None:
+        order.append("restore")
+        fills.append(gpu.fills)
+        gpu.launch(2e-6)
+
+    def backward() -> None:
+        order.append("backward")
+        fills.append(gpu.fills)
+        for _ in range(9):
+            gpu.launch(5e-6, 40e-6)
+
+    clock = Clock("cuda")
+    assert clock([lambda: gpu.launch(3e-6), Untimed(restore), backward]) == pytest.approx([3e-3, 45e-3])
+    assert len(order) > 2 and order == ["restore", "backward"] * (len(order) // 2)
+    assert all(before < after for before, after in zip(fills[::2], fills[1::2], strict=True))
+
+
 def test_a_part_that_the_processor_cannot_keep_up_with_is_timed_all_the_same(gpu: SimulatedGpu) -> None:
     """One that waits for the device inside is never queued ahead: the tries end."""
     tries = []
@@ -166,7 +188,10 @@ def test_limits_of_a_gpu_are_those_of_the_device(gpu: SimulatedGpu) -> None:
 def test_what_the_forward_leaves_is_what_is_there_before_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     held = [100]
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
-    assert kept_bytes([lambda: held.__setitem__(0, 175), lambda: held.__setitem__(0, 90)]) == 75
+    forward, backward = lambda: held.__setitem__(0, 175), lambda: held.__setitem__(0, 90)
+    assert kept_bytes([forward, backward]) == 75
+    held[0] = 100
+    assert kept_bytes([forward, Untimed(lambda: None), backward]) == 75 and held == [90]
 
 
 def test_poisoned_memory_does_not_refuse_what_cublas_does() -> None:
