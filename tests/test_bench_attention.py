@@ -1,6 +1,7 @@
 """The benchmark of the transformer's ops on a GPU, without one: what is run, and that its peers compute the same."""
 
 import sys
+from itertools import takewhile
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ from bench.providers.choice import fastest
 from bench.providers.flex import Flex, block_mask
 from bench.providers.liger import Liger
 from bench.timing import Clock, Prepared, Untimed, training_step
-from snapgen_kernels import checks
+from snapgen_kernels import checks, costs, token_costs
 from snapgen_kernels.testing import SPECS, Case, Inputs, bench_cases
 from tests.test_bench_cuda import run
 
@@ -36,6 +37,29 @@ def test_the_suite_of_attention_is_what_has_goals() -> None:
     for case in chosen:
         assert case.name.endswith(f"-b{case.dims['B']}") and case.name in text
     assert cases.named(("attention",), "cpu") == (("attention",), None), "on a CPU it is the op"
+
+
+def test_the_plan_shows_what_each_kernel_moves_and_computes() -> None:
+    """At an H200's rates, forward and backward, with their sums and the op's own floor."""
+    _, text = run("--device", "cuda", "--suite", "attention", "--dry-run")
+    ops, subset = cases.named(("attention",), "cuda")
+    known = [case for case in cases.select("cuda", ops, ("bf16",), quick=False, small=False, subset=subset)
+             if case.op in token_costs.OPS]  # fmt: skip
+    assert {case.op for case in known} == {"attention", "qk_norm_rope", "geglu"}
+    for case in known:
+        below = [line.split() for line in text[text.index(f"{case.op} {case.name} bf16") :].splitlines()[1:]]
+        table = list(
+            takewhile(lambda line: not line or line[0] in ("mode", "fwd", "bwd") or set(line[0]) == {"─"}, below)
+        )
+        for mode in ("fwd", "bwd"):
+            found = token_costs.kernels(case.op, case.dims, 2, mode)
+            lines = [line for line in table if line[:1] == [mode]]
+            assert len(lines) == len(found) + 2, "each kernel, their sum and the op"
+            for line, kernel in zip(lines, found, strict=False):
+                assert " ".join(line).startswith(f"{mode} {kernel.name} {kernel.launches} ")
+                assert line[-1] == f"{1e6 * kernel.floor(costs.H200):.1f}"
+            assert lines[-2][:2] == [mode, "all"] and lines[-1][1:4] == ["the", "op", "itself"]
+            assert lines[-2][-1] == f"{1e6 * costs.total(found, costs.H200):.1f}"
 
 
 def test_a_block_is_the_models() -> None:
