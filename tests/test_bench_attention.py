@@ -18,7 +18,7 @@ from bench.providers.liger import Liger
 from bench.timing import Clock, Prepared, Untimed, training_step
 from snapgen_kernels import checks, costs, token_costs
 from snapgen_kernels.testing import SPECS, Case, Inputs, bench_cases
-from tests.test_bench_cuda import run
+from tests.bench_runs import run
 
 SELF = Case("attention", "self", {"B": 2, "N": 12, "H": 3, "D": 16, "M": 12, "rope": 1})
 CROSS = Case("attention", "cross", {"B": 2, "N": 7, "H": 2, "D": 8, "M": 5})

@@ -3,17 +3,14 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import bench.__main__ as command
 import snapgen_kernels
 from bench import cases, goals, limits, machine, tables, timing
 from bench.providers.compiled import Compiled, release
@@ -22,8 +19,8 @@ from bench.results import Row, read
 from bench.timing import Clock, Untimed, interleaved, kept_bytes
 from snapgen_kernels import _backend, checks, costs
 from snapgen_kernels.testing import small_cases
+from tests.bench_runs import TINY, run
 
-SMALL = ("--small", "--suite", "group_norm_silu", "--case", "one-pixel", "--seconds", "0.02")
 COPY, GEMM = 4e12, {torch.float32: 50e12, torch.bfloat16: 800e12}
 
 
@@ -93,13 +90,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     with simulated:
         yield simulated
-
-
-def run(*arguments: str) -> tuple[int, str]:
-    """Exit code and printed text of the benchmark, in this process."""
-    text = StringIO()
-    code = command.main(arguments, Console(file=text, width=160, highlight=False))
-    return code, text.getvalue()
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -215,7 +205,7 @@ def test_a_whole_run_on_a_simulated_gpu(gpu: SimulatedGpu, tmp_path: Path, monke
     monkeypatch.setattr(Event, "elapsed_time", lambda start, end: 1.0)  # what is computed is computed by the CPU
     out, picture = tmp_path / "rows.csv", tmp_path / "run.png"
     files = ("--out", str(out), "--plot", str(picture))
-    code, text = run("--device", "cuda", *SMALL, "--providers", "fused,eager,eager-nchw", *files)
+    code, text = run("--device", "cuda", *TINY, "--providers", "fused,eager,eager-nchw", *files)
     assert code == 0, text
     assert picture.stat().st_size > 1000
     rows = read(out)
@@ -243,7 +233,7 @@ def test_configs_are_tuned_before_anything_is_timed(
     monkeypatch.setattr(snapgen_kernels, "warmup", lambda shapes, **how: calls.append((shapes, how)))
     monkeypatch.setattr(Event, "elapsed_time", lambda start, end: 1.0)
     code, text = run(
-        "--device", "cuda", *SMALL, "--dtype", "bf16,fp32", "--mode", "fwd", "--providers", "eager", "--tune"
+        "--device", "cuda", *TINY, "--dtype", "bf16,fp32", "--mode", "fwd", "--providers", "eager", "--tune"
     )
     assert code == 0, text
     shapes = {"group_norm_silu": [next(c for c in small_cases("group_norm_silu") if c.name == "one-pixel").dims]}
@@ -253,7 +243,7 @@ def test_configs_are_tuned_before_anything_is_timed(
         (shapes, {**how, "dtypes": (torch.float32,)}),
         ("measure", "cuda"),
     ]
-    code, text = run(*SMALL, "--tune")
+    code, text = run(*TINY, "--tune")
     assert code == 2 and "--tune: only the kernels of --device cuda" in text
 
 
