@@ -201,17 +201,30 @@ def test_the_check_says_what_it_compared(monkeypatch: pytest.MonkeyPatch) -> Non
         check(replace(case, dtype=torch.float16), plan)
 
 
-def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrong", ["outputs", "gradients"])
+@pytest.mark.parametrize("mode", ["fwd", "train"])
+def test_a_peer_that_computes_something_else_is_not_timed(
+    mode: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients matter where they are timed."""
     from bench.providers.eager import Eager
 
     prepare = Eager.prepare
 
-    def wrong(self: Eager, case: Case, device: str, train: bool) -> Prepared:
+    def wrongly(self: Eager, case: Case, device: str, train: bool) -> Prepared:
         right = prepare(self, case, device, train)
-        return right if self.name == "eager" else Prepared(lambda: 1.1 * right.call(), right.leaves)  # type: ignore[operator]
 
-    monkeypatch.setattr(Eager, "prepare", wrong)
-    code, text = run(*TINY, "--dtype", "fp32", "--providers", "eager,eager-nchw", "--mode", "fwd")
+        def call() -> torch.Tensor:
+            y = right.call()
+            assert isinstance(y, torch.Tensor)
+            return 1.1 * y if wrong == "outputs" else 0.9 * y + 0.1 * y.detach()
+
+        return right if self.name == "eager" else Prepared(call, right.leaves)
+
+    monkeypatch.setattr(Eager, "prepare", wrongly)
+    code, text = run(*TINY, "--dtype", "fp32", "--providers", "eager,eager-nchw", "--mode", mode)
     assert code == 0, text
-    assert "not timed: eager-nchw: its outputs are not eager's: relative error 0.1" in text
-    assert "1 rows" in text
+    refused = wrong == "outputs" or mode == "train"
+    assert (f"not timed: eager-nchw: its {wrong} are not eager's: relative error 0.1" in text) == refused
+    rows = (1 if mode == "fwd" else 2) * (1 if refused else 2)
+    assert f"{rows} rows" in text
