@@ -33,6 +33,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     low_memory: bool = False,
+    packages: Path | None = None,
 ) -> None:
     """Draw pictures from prompts.
 
@@ -47,6 +48,7 @@ def generate(
         height: Pixels; by default what the model was trained at.
         width: Pixels; by default what the model was trained at.
         low_memory: Decode in less memory, for large pictures on small machines.
+        packages: A folder of Core ML packages of this checkpoint, run by the interpreter in the networks' place.
     """
     import torch
 
@@ -62,6 +64,10 @@ def generate(
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: got {seed}; must fit into 64 bits")
     pipe = load(checkpoint)
+    if packages is not None:
+        from snapgen.export.runner import packaged_pipeline
+
+        pipe = packaged_pipeline(pipe, packages)
     pictures = pipe(
         list(prompt),
         num_inference_steps=steps,
@@ -156,6 +162,7 @@ def evaluate(
     per_skill: int = 50,
     seed: int = 0,
     untrained: bool = False,
+    packages: Path | None = None,
     out: Annotated[Path | None, arg(aliases=["-o"])] = None,
 ) -> None:
     """Score a checkpoint on captions of the shapes world that training never showed.
@@ -167,6 +174,7 @@ def evaluate(
         per_skill: Captions for each of the six skills.
         seed: Decides captions and noise.
         untrained: Also score the same model with fresh weights.
+        packages: Also score the Core ML packages in this folder, run by the interpreter (slow: a second a step).
         out: Also write the scores here as JSON.
     """
     from snapgen import evaluate as evaluation
@@ -174,7 +182,13 @@ def evaluate(
     from snapgen.pipeline import load
 
     pipe = load(checkpoint)
-    contenders = {"": pipe, **({"untrained, ": evaluation.untrained(pipe, seed)} if untrained else {})}
+    contenders = {"": pipe}
+    if untrained:
+        contenders["untrained, "] = evaluation.untrained(pipe, seed)
+    if packages is not None:
+        from snapgen.export.runner import packaged_pipeline
+
+        contenders["packages, "] = packaged_pipeline(pipe, packages)
     scores = {
         f"{who}{count} steps": evaluation.score_shapes(
             contender, steps=count, guidance=guidance, per_skill=per_skill, seed=seed, console=console

@@ -84,7 +84,7 @@ def test_queries_go_in_chunks(exported):
     """Scores of no more than 20 queries at once; of the 64 and 16 that the model has, in 4 and in 1 part a head."""
     _, found = exported
     counts = [package["operations"] for package in found["parts"]["denoiser"]["packages"]]
-    # One head at 64 tokens in the first stage's cross-attention; two heads at 16 in self- and cross-attention elsewhere.
+    # One head at 64 tokens in the first stage's cross-attention; elsewhere two heads at 16 tokens.
     whole = sum(count["softmax"] for count in counts)
     plain = Denoiser(make_pipe().denoiser, batch=2, height=8, width=8, tokens=16)
     attentions = [m for m in plain.modules() if type(m).__name__ == "Attention"]
