@@ -38,6 +38,7 @@ from snapgen.text import build_tiny_text
 from snapgen.unet import SnapGenUNet
 
 FILES = {"denoiser": "Unet.mlpackage", "decoder": "VAEDecoder.mlpackage", "text_encoder": "TextEncoder.mlpackage"}
+BESIDE = {"Golden.safetensors", "Export.json"}
 UNET = dict(
     sample_size=8, in_channels=4, channels=(16, 32), num_heads=(1, 2), head_dim=16, layers_per_block=1,
     transformer_layers_down=(1, 0), transformer_layers_mid=1, transformer_layers_up=(0, 1),
@@ -94,7 +95,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_packages_hold_the_model(exported):
     out, found = exported
-    assert {path.name for path in out.iterdir()} == set(FILES.values())
+    assert {path.name for path in out.iterdir()} == {*FILES.values(), *BESIDE, "vocab.json"}
     assert found["target"] == "iOS17" and found["batch"] == 2
     for name, file in FILES.items():
         part = found["parts"][name]
@@ -384,7 +385,7 @@ def test_an_older_package_stays_until_a_later_export_holds(exported, pipe, tmp_p
     assert (
         found["parts"]["decoder"]["packages"][0]["system"] == describe(tmp_path / FILES["decoder"])["system"] == "iOS18"
     )
-    assert [path.name for path in tmp_path.iterdir()] == [FILES["decoder"]]
+    assert {path.name for path in tmp_path.iterdir()} == {FILES["decoder"], *BESIDE}
     assert coreml.build_parts(pipe, "denoiser", Options(batch=1), 16)[0].inputs[0].example.shape == (1, 4, 8, 8)
 
 
