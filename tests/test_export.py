@@ -56,7 +56,7 @@ def random_weights(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def make_pipe() -> SnapGenPipeline:
+def make_pipe(**changes: object) -> SnapGenPipeline:
     torch.manual_seed(0)
     words = sorted({word for skill in shapes.SKILLS for text in shapes.captions(skill) for word in text.split()})
     tokenizer, text_encoder = build_tiny_text(words, hidden_size=32, layers=1, heads=2, max_tokens=16)
@@ -65,7 +65,7 @@ def make_pipe() -> SnapGenPipeline:
         shift_factor=0.1,
     )  # fmt: skip
     return SnapGenPipeline(
-        random_weights(SnapGenUNet(**UNET)),
+        random_weights(SnapGenUNet(**{**UNET, **changes})),
         random_weights(decoder),
         make_scheduler(),
         random_weights(text_encoder),

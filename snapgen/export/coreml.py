@@ -85,7 +85,7 @@ def export_pipeline(
             tell(f"converting the {name.replace('_', ' ')}", (2 * index + 0.5) / steps)
             packages = _convert_part(pipe, name, choices[name], tokens, fresh)
             tell(f"checking the {name.replace('_', ' ')}", (2 * index + 1.5) / steps)
-            checked = {}
+            checked: dict[str, dict[str, Any]] = {}
             for function, choice in choices[name].items():
                 program = Chain([Program(package, function) for package in packages])
                 measured = parity.measure(name, program, pipe, cases[latent_size(pipe, choice)])

@@ -1,8 +1,8 @@
 """What travels with every export, so that it can be checked elsewhere: golden inputs and outputs, and what was made.
 
 `Golden.safetensors` holds, for each part and function, the inputs of one or two calls in the dtypes that the package
-takes, and the outputs of the model in fp32. Outputs of more than 2^20 numbers (pictures) are kept in fp16, which is 20 dB
-below the strictest floor. The calls are those in which the package was farthest from the model.
+takes, and the outputs of the model in fp32. Outputs of more than 2^20 numbers (pictures) are kept in fp16, whose
+rounding is 66 dB or more below their peak. The calls are those in which the package was farthest from the model.
 
 `Export.json` holds the options, the versions, each part's packages, floor and figures, which golden tensor is what, the
 SHA-256 of every other file, and what an app needs to know of tokenizer and schedule. It has no date: a repeat gives the
@@ -122,8 +122,8 @@ def fingerprints(folder: Path) -> dict[str, str]:
 
 
 def decibels(figure: float) -> float | None:
-    """A figure as it is written to JSON: hundredths of a dB; null where there is no difference at all."""
-    return None if figure == math.inf else round(figure, 2)
+    """A figure as it is written to JSON: hundredths of a dB; null where there is no difference at all, or no number."""
+    return round(figure, 2) if math.isfinite(figure) else None
 
 
 def _compact(value: Tensor) -> Tensor:

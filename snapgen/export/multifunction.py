@@ -16,8 +16,8 @@ from snapgen.export.tools import coremltools, quiet
 def functions(pipe: Any, name: str, options: Options) -> dict[str, Options]:
     """The functions of the package of part `name`, and for each the options of an export of that function alone.
 
-    One shape is the function "main"; several are "batch_1", "size_1024x768" or "batch_1_size_1024x768", by what differs.
-    The first is the default. The denoiser has one for each batch and size, the decoder one for each size.
+    One shape is the function "main"; several are "batch_1", "size_1024x768" or "batch_1_size_1024x768", by what
+    differs. The first is the default. The denoiser has one for each batch and size, the decoder one for each size.
 
     Raises:
         ValueError: a height, width or size is no multiple of `pipe.unit` pixels.
@@ -64,7 +64,7 @@ def join(packages: Mapping[str, Path], part: Part, package: Path) -> None:
         part: any of the parts that they were converted from; they have the same names of inputs and outputs.
         package: must not exist; its name must end in .mlpackage.
     """
-    tools = coremltools("utils")
+    tools = coremltools("models.utils")
     descriptor = tools.MultiFunctionDescriptor()
     for name, source in packages.items():
         descriptor.add_function(str(source), "main", name)

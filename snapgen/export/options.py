@@ -36,7 +36,7 @@ class Options:
     sizes: tuple[str, ...] = ()
     """Several sizes of the picture, HEIGHTxWIDTH in pixels: functions of one package, which share weights (iOS18)."""
 
-    batches: tuple[int, ...] = ()
+    batches: tuple[Literal[1, 2], ...] = ()
     """1 2: the denoiser with both batches, as functions of one package, which share weights (iOS18)."""
 
     steps: int | None = None
