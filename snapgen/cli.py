@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -216,9 +216,36 @@ def export_coreml(
         out: Folder for the .mlpackage files.
         options: What to export, and for what.
     """
-    from snapgen.export.coreml import main_coreml
+    from snapgen.export.command import main_coreml
 
     main_coreml(checkpoint, out, options, preset)
+
+
+def export_verify(
+    folder: Positional[Path],
+    *,
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    units: tuple[Literal["CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL"], ...] = (
+        "CPU_ONLY",
+        "CPU_AND_GPU",
+        "CPU_AND_NE",
+        "ALL",
+    ),
+    repeats: int = 20,
+    timeout: float = 900.0,
+) -> None:
+    """Check an export by the golden calls that travel with it; on a Mac by Core ML itself. Exit code 2 if it fails.
+
+    Args:
+        folder: What `snapgen export coreml` wrote.
+        out: Also write what was found here as JSON (Verify.json).
+        units: Compute units that Core ML is run on.
+        repeats: Timed predictions of each package.
+        timeout: Seconds that one function may take on one compute unit.
+    """
+    from snapgen.export.verify import main_verify
+
+    main_verify(folder, out=out, units=units, repeats=repeats, timeout=timeout)
 
 
 def demo(*, out: Annotated[Path, arg(aliases=["-o"])] = Path("out"), per_skill: int = 25) -> None:
@@ -244,6 +271,7 @@ COMMANDS: dict[str, Any] = {
 # `snapgen export ...` has commands of its own.
 EXPORTS: dict[str, Any] = {
     "coreml": export_coreml,
+    "verify": export_verify,
 }
 EXPORTS_ABOUT = "Export a checkpoint for phones, and look into what was exported."
 

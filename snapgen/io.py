@@ -70,6 +70,34 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def move_into(source: str | Path, target: str | Path) -> None:
+    """Move every entry of `source` into `target`, on the same file system, replacing those of its name: all, or none.
+
+    A kill in between leaves the replaced ones whole, in a hidden folder of `target`.
+    """
+    source, target = Path(source), Path(target)
+    for path in source.rglob("*"):
+        if path.is_file():
+            _sync(path)
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+    entries = [entry.name for entry in sorted(source.iterdir())]
+    old = Path(tempfile.mkdtemp(dir=target, prefix=".replaced-"))
+    try:
+        for name in entries:
+            if (target / name).exists():
+                os.replace(target / name, old / name)
+            os.replace(source / name, target / name)
+    except BaseException:
+        for name in entries:
+            if not (source / name).exists():
+                os.replace(target / name, source / name)
+            if (old / name).exists():
+                os.replace(old / name, target / name)
+        old.rmdir()
+        raise
+    shutil.rmtree(old)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole_file(path) as temporary:

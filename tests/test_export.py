@@ -24,8 +24,9 @@ import snapgen_kernels
 from snapgen.data import shapes
 from snapgen.decoder import TinyDecoder, TinyEncoder
 from snapgen.export import coreml, modules, parity
+from snapgen.export.command import main_coreml
 from snapgen.export.convert import convert
-from snapgen.export.coreml import export_pipeline, main_coreml
+from snapgen.export.coreml import export_pipeline
 from snapgen.export.denoiser import Denoiser
 from snapgen.export.inspect import describe, report
 from snapgen.export.interpreter import Program
@@ -39,6 +40,7 @@ from snapgen.text import build_tiny_text
 from snapgen.unet import SnapGenUNet
 
 FILES = {"denoiser": "Unet.mlpackage", "decoder": "VAEDecoder.mlpackage", "text_encoder": "TextEncoder.mlpackage"}
+BESIDE = {"Golden.safetensors", "Export.json"}
 UNET = dict(
     sample_size=8, in_channels=4, channels=(16, 32), num_heads=(1, 2), head_dim=16, layers_per_block=1,
     transformer_layers_down=(1, 0), transformer_layers_mid=1, transformer_layers_up=(0, 1),
@@ -56,7 +58,7 @@ def random_weights(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def make_pipe() -> SnapGenPipeline:
+def make_pipe(**changes: object) -> SnapGenPipeline:
     torch.manual_seed(0)
     words = sorted({word for skill in shapes.SKILLS for text in shapes.captions(skill) for word in text.split()})
     tokenizer, text_encoder = build_tiny_text(words, hidden_size=32, layers=1, heads=2, max_tokens=16)
@@ -65,7 +67,7 @@ def make_pipe() -> SnapGenPipeline:
         shift_factor=0.1,
     )  # fmt: skip
     return SnapGenPipeline(
-        random_weights(SnapGenUNet(**UNET)),
+        random_weights(SnapGenUNet(**{**UNET, **changes})),
         random_weights(decoder),
         make_scheduler(),
         random_weights(text_encoder),
@@ -95,7 +97,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_packages_hold_the_model(exported):
     out, found = exported
-    assert {path.name for path in out.iterdir()} == set(FILES.values())
+    assert {path.name for path in out.iterdir()} == {*FILES.values(), *BESIDE, "vocab.json"}
     assert found["target"] == "iOS17" and found["batch"] == 2
     for name, file in FILES.items():
         part = found["parts"][name]
@@ -385,7 +387,7 @@ def test_an_older_package_stays_until_a_later_export_holds(exported, pipe, tmp_p
     assert (
         found["parts"]["decoder"]["packages"][0]["system"] == describe(tmp_path / FILES["decoder"])["system"] == "iOS18"
     )
-    assert [path.name for path in tmp_path.iterdir()] == [FILES["decoder"]]
+    assert {path.name for path in tmp_path.iterdir()} == {FILES["decoder"], *BESIDE}
     assert coreml.build_parts(pipe, "denoiser", Options(batch=1), 16)[0].inputs[0].example.shape == (1, 4, 8, 8)
 
 

@@ -12,8 +12,9 @@ pytest.importorskip("coremltools", reason="the Core ML export is an optional par
 
 import snapgen_kernels
 from snapgen import evaluate
-from snapgen.export import coreml, parity
-from snapgen.export.coreml import export_pipeline, main_coreml
+from snapgen.export import command, coreml, parity
+from snapgen.export.command import main_coreml
+from snapgen.export.coreml import export_pipeline
 from snapgen.export.denoiser import Denoiser, DenoiserChunk, schedule, time_embeddings
 from snapgen.export.options import Options
 from snapgen.export.runner import packaged_pipeline
@@ -166,10 +167,10 @@ def test_the_context_of_a_preset_is_as_long_as_its_encoders_make_it(name, tokens
         def eval(self):
             return self
 
-    monkeypatch.setattr(coreml, "SnapGenUNet", Small)
-    monkeypatch.setattr(coreml, "TinyDecoder", Small)
-    monkeypatch.setattr(coreml, "SnapGenPipeline", lambda *parts: parts)
-    assert coreml.seeded_pipeline(name)[1] == tokens
+    monkeypatch.setattr(command, "SnapGenUNet", Small)
+    monkeypatch.setattr(command, "TinyDecoder", Small)
+    monkeypatch.setattr(command, "SnapGenPipeline", lambda *parts: parts)
+    assert command.seeded_pipeline(name)[1] == tokens
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def convert(part: Part, package: Path, target: str) -> None:
             skip_model_load=True,
             package_dir=str(package),
         )
-    _stamp(part, package)
+    stamp(part, package)
 
 
 def _holds_in_fp16(op: Any) -> bool:
@@ -78,7 +78,7 @@ def _holds_in_fp16(op: Any) -> bool:
     return not (op.op_type in waves or (op.op_type in ("mul", "reshape", "expand_dims") and leads_to_waves(op, 1)))
 
 
-def _stamp(part: Part, package: Path) -> None:
+def stamp(part: Part, package: Path) -> None:
     """Write the metadata into a fresh package, and take out of it whatever differs between two exports."""
     manifest_file = package / "Manifest.json"
     manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
@@ -90,8 +90,9 @@ def _stamp(part: Part, package: Path) -> None:
     metadata.versionString = snapgen_version()
     metadata.userDefined.pop(CONVERSION_DATE, None)
     about = {feature.name: feature.about for feature in part.inputs} | dict(part.outputs)
-    for feature in (*spec.description.input, *spec.description.output):
-        feature.shortDescription = about[feature.name]
+    for described in (spec.description, *spec.description.functions):
+        for feature in (*described.input, *described.output):
+            feature.shortDescription = about[feature.name]
     root.write_bytes(spec.SerializeToString(deterministic=True))
 
     # The identifiers are random; Core ML asks only that they differ within the package.

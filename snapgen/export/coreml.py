@@ -6,51 +6,50 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from snapgen import io
-from snapgen.config import get_preset
-from snapgen.decoder import TinyDecoder
+from snapgen import flow, io
 from snapgen.export import inspect, parity
-from snapgen.export.convert import convert
+from snapgen.export.convert import LICENSE, convert
 from snapgen.export.denoiser import Denoiser, DenoiserChunk, schedule
+from snapgen.export.golden import Golden, decibels
+from snapgen.export.golden import write as write_golden
 from snapgen.export.interpreter import Chain, Program
+from snapgen.export.multifunction import functions, join, latent_size
 from snapgen.export.options import DEFAULTS, PARTS, Options
 from snapgen.export.parts import Decoder, Part
 from snapgen.export.text import TextEncoder
 from snapgen.export.tools import ExportError, coremltools, snapgen_version
-from snapgen.pipeline import SnapGenPipeline, load
-from snapgen.sampler import make_scheduler
-from snapgen.text import CLIP_TOKENS
-from snapgen.unet import SnapGenUNet
+from snapgen.export.vocabulary import write_vocabulary
 from snapgen_kernels import use
 
 SCHEDULE = "Schedule.json"
-SEED = 0  # of the weights where there is no checkpoint
 Progress = Callable[[str, float], None]
 
 
 def export_pipeline(
     pipe: Any, out_dir: str | Path, options: Options = DEFAULTS, *, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Write the parts of a pipeline as .mlpackage files into `out_dir`.
+    """Write the parts of a pipeline as .mlpackage files into `out_dir`, and beside them what they can be checked by.
 
     Every package is converted and compared with the model (`snapgen.export.parity`) in a hidden folder first; only when
-    all hold do they appear, each whole, replacing one of that name. Neither the pipeline nor any global state changes.
-    A repeat with the same versions gives the same bytes: coremltools' random identifiers and its date are replaced.
+    all hold do they appear, together, replacing what has the same name. Neither the pipeline nor any global state
+    changes. A repeat with the same versions gives the same bytes: coremltools' random identifiers and its date are
+    replaced. Besides packages there are the files of `snapgen.export.golden`, and with a text encoder `vocab.json`.
 
     Args:
-        pipe: a `SnapGenPipeline`. Shapes are those that it was trained at.
-        options: what to export, and for what.
+        pipe: a `SnapGenPipeline`.
+        options: what to export, and for what. Shapes are those that it was trained at, unless they say otherwise.
         progress: called with what is being done and the share that is done, 0 to 1.
 
     Returns:
         `target`, `batch`, `versions` (of torch and coremltools) and `parts`: for each, `psnr`, `floor` (dB), `seconds`,
-        and `packages`, the list of what `inspect.describe` finds in each.
+        `functions` (name -> `psnr`, `figures` by case, `golden`), and `packages`, the list of what `inspect.describe`
+        finds in each.
 
     Raises:
         ValueError: an argument is none of those allowed.
@@ -63,6 +62,7 @@ def export_pipeline(
             "text_encoder: only one that was trained with the denoiser is exported; leave it out of `parts` for "
             "pipelines with CLIP-L, CLIP-G or Gemma-2"
         )
+    choices = {name: functions(pipe, name, options) for name in names}
     ct = coremltools()
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -74,28 +74,43 @@ def export_pipeline(
     }
     tell = progress or (lambda message, share: None)
     steps = 2 * len(names) + 1
+    golden = Golden()
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".export-") as staging:
+        fresh = Path(staging) / "fresh"
+        fresh.mkdir()
         tell("reading the pipeline", 0.0)
-        size, tokens = pipe.denoiser.config.sample_size, options.tokens or text_tokens(pipe)
-        cases = parity.make_cases(pipe, tokens, size, size)
+        tokens = options.tokens or text_tokens(pipe)
+        sizes = {latent_size(pipe, choice) for of_part in choices.values() for choice in of_part.values()}
+        cases = {size: parity.make_cases(pipe, tokens, *size) for size in sorted(sizes)}
         for index, name in enumerate(names):
             start = time.perf_counter()
             tell(f"converting the {name.replace('_', ' ')}", (2 * index + 0.5) / steps)
-            packages = []
-            for part in build_parts(pipe, name, options, tokens):
-                packages.append(Path(staging) / part.file)
-                convert(part, packages[-1], options.target)
+            packages = _convert_part(pipe, name, choices[name], tokens, fresh)
             tell(f"checking the {name.replace('_', ' ')}", (2 * index + 1.5) / steps)
-            figure = parity.check(name, Chain([Program(package) for package in packages]), pipe, cases)
-            report["parts"][name] = {"psnr": figure, "floor": parity.FLOORS[name]}
-            report["parts"][name]["seconds"] = time.perf_counter() - start
-            report["parts"][name]["packages"] = [package.name for package in packages]
+            checked: dict[str, dict[str, Any]] = {}
+            for function, choice in choices[name].items():
+                program = Chain([Program(package, function) for package in packages])
+                measured = parity.measure(name, program, pipe, cases[latent_size(pipe, choice)])
+                figures = {case.name: figure for case, figure in measured}
+                checked[function] = {
+                    "psnr": parity.hold(name, figures, parity.FLOORS[name]),
+                    "figures": figures,
+                    "golden": golden.keep(
+                        name, function, program.inputs, measured, 2 if len(choices[name]) == 1 else 1
+                    ),
+                }
+            report["parts"][name] = {
+                "psnr": min(entry["psnr"] for entry in checked.values()),
+                "floor": parity.FLOORS[name],
+                "seconds": time.perf_counter() - start,
+                "functions": checked,
+                "packages": [package.name for package in packages],
+            }
         tell("writing the packages", 1 - 0.5 / steps)
-        for entry in report["parts"].values():
-            for file in entry["packages"]:
-                _publish(Path(staging) / file, out_dir / file)
         if options.steps is not None and "denoiser" in names:
-            io.write_json(out_dir / SCHEDULE, schedule(pipe, options.steps))
+            io.write_json(fresh / SCHEDULE, schedule(pipe, options.steps))
+        write_golden(fresh, golden, _record(pipe, options, report, fresh))
+        io.move_into(fresh, out_dir)
     for entry in report["parts"].values():
         entry["packages"] = [inspect.describe(out_dir / file) for file in entry["packages"]]
     tell("done", 1.0)
@@ -104,82 +119,65 @@ def export_pipeline(
 
 def build_parts(pipe: Any, name: str, options: Options, tokens: int) -> list[Part]:
     """The part `name` of a pipeline in the form that is exported, with copies of its weights: one, or its chunks."""
-    size = pipe.denoiser.config.sample_size
+    height, width = latent_size(pipe, options)
     with use("reference"), torch.random.fork_rng(devices=[]):  # layers draw weights when they are made
         if name == "denoiser":
             whole = Denoiser(
                 pipe.denoiser,
                 batch=options.batch,
-                height=size,
-                width=size,
+                height=height,
+                width=width,
                 tokens=tokens,
                 scheduled=options.steps is not None,
                 query_chunk=options.query_chunk,
             )
             return [DenoiserChunk(whole, False), DenoiserChunk(whole, True)] if options.chunks else [whole]
         if name == "decoder":
-            return [Decoder(pipe.decoder, batch=1, height=size, width=size)]
+            return [Decoder(pipe.decoder, batch=1, height=height, width=width)]
         return [TextEncoder(pipe.text_encoder, batch=1, tokens=tokens)]
 
 
-def main_coreml(
-    checkpoint: str | None, out: Path, options: Options = DEFAULTS, preset: str | None = None, console: Any = None
-) -> dict[str, Any]:
-    """`snapgen export coreml`: load a checkpoint, export it under a progress bar, and print what is in the packages.
-
-    Args:
-        checkpoint: a folder, or the name of a shipped checkpoint ("tiny"); None for weights drawn at random.
-        out: folder for the packages.
-        options: what to export, and for what.
-        preset: of the denoiser and decoder; with a checkpoint, the one that it must be of.
-        console: a rich console; by default standard output.
-
-    Returns:
-        The report of `export_pipeline`.
-
-    Raises:
-        ValueError: neither checkpoint nor preset is given, or the checkpoint is of another preset.
-        ExportError: see `export_pipeline`.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    coremltools()  # fail before the work if it is missing
-    console = console or Console()
-    if checkpoint is None:
-        if preset is None:
-            raise ValueError("checkpoint: none given; name one, or a preset to export with random weights")
-        pipe, tokens = seeded_pipeline(preset)
-        options = replace(options, tokens=options.tokens or tokens)
-        console.print(f"[yellow]note:[/] {preset} with random weights, seed {SEED}: for sizes and speed, not pictures")
-    else:
-        pipe = load(checkpoint)
-        if preset is not None:
-            _check_preset(pipe, preset)
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=1.0)
-
-        def tell(message: str, share: float) -> None:
-            bar.update(task, description=message, completed=share)
-
-        report = export_pipeline(pipe, out, options, progress=tell)
-    inspect.report(descriptions(report), console)
-    figures = {name: entry["psnr"] for name, entry in report["parts"].items()}
-    console.print(f"against PyTorch in fp32: {parity.summary(figures)}", highlight=False)
-    return report
+def _convert_part(pipe: Any, name: str, choices: dict[str, Options], tokens: int, folder: Path) -> list[Path]:
+    """Convert a part into `folder`: its package, or those of its chunks, each with all functions."""
+    made: dict[str, tuple[Part, dict[str, Path]]] = {}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as apart:
+        for function, choice in choices.items():
+            (Path(apart) / function).mkdir()
+            for part in build_parts(pipe, name, choice, tokens):
+                package = Path(apart) / function / part.file
+                convert(part, package, choice.target)
+                made.setdefault(part.file, (part, {}))[1][function] = package
+        for file, (part, packages) in made.items():
+            if len(packages) > 1:
+                join(packages, part, folder / file)
+            else:
+                shutil.move(next(iter(packages.values())), folder / file)
+    return [folder / file for file in made]
 
 
-def seeded_pipeline(name: str) -> tuple[SnapGenPipeline, int]:
-    """Denoiser and decoder of a preset with random weights, without text encoders; and the length of its context."""
-    preset = get_preset(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        denoiser, decoder = SnapGenUNet(**preset.denoiser).eval(), TinyDecoder(**preset.decoder).eval()
-    encoders = preset.text.get("encoders", ())
-    clip = CLIP_TOKENS if any(encoder.startswith("clip") for encoder in encoders) else 0
-    other = preset.text["max_tokens"] if "gemma-2" in encoders or not encoders else 0
-    return SnapGenPipeline(denoiser, decoder, make_scheduler(preset.shift)), clip + other
+def _record(pipe: Any, options: Options, report: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What goes into `Export.json`."""
+    parts = {}
+    for name, entry in report["parts"].items():
+        checked = {
+            function: {
+                "psnr": decibels(found["psnr"]),
+                "figures": {case: decibels(figure) for case, figure in found["figures"].items()},
+                "golden": found["golden"],
+            }
+            for function, found in entry["functions"].items()
+        }
+        parts[name] = {"floor": entry["floor"], "functions": checked, "packages": entry["packages"]}
+    record = {
+        "license": LICENSE,
+        "options": asdict(options),
+        "versions": report["versions"],
+        "parts": parts,
+        "schedule": {"shift": float(pipe.scheduler.config.shift), "timestep_scale": flow.TIMESTEP_SCALE},
+    }
+    if "text_encoder" in parts:
+        record["tokenizer"] = write_vocabulary(pipe.tokenizer, folder)
+    return record
 
 
 def descriptions(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -195,20 +193,3 @@ def text_tokens(pipe: Any) -> int:
         raise ExportError("tokens: the pipeline has no text encoder that would tell the length of the context; give it")
     with torch.no_grad(), use("reference"):
         return pipe.encode_prompt(["a"]).context.shape[1]
-
-
-def _check_preset(pipe: Any, name: str) -> None:
-    """Refuse a checkpoint whose denoiser or decoder is not the preset's."""
-    preset = get_preset(name)
-    for part, wanted in (("denoiser", preset.denoiser), ("decoder", preset.decoder)):
-        config = getattr(pipe, part).config
-        for key, value in wanted.items():
-            found = tuple(config[key]) if isinstance(value, tuple) else config[key]
-            if found != value:
-                raise ValueError(f"preset: the checkpoint is not {name}: its {part} has {key}={found}, not {value}")
-
-
-def _publish(staged: Path, package: Path) -> None:
-    with io.whole_directory(package) as temporary:
-        for item in staged.iterdir():
-            shutil.move(item, temporary / item.name)

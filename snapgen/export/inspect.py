@@ -70,27 +70,28 @@ def describe(path: str | Path) -> dict[str, Any]:
     Keys: `path`; `kind` ("mlProgram", or another of Core ML's model types, for which there are no figures on
     operations and weights); `format` (number) and `system` (the oldest that runs it); `inputs` and `outputs`, lists of
     `name`, `shape`, `dtype`, `about`; `operations` (type -> count, constants left out); `weights`: dtype -> `count`,
-    `elements`, `bytes`; `flops` of one call, two per multiply-add of convolutions, matrix products and attention, None
-    where shapes are open or there is no program; `file_bytes` of the whole package; `metadata`.
+    `elements`, `bytes`, of all functions, what they share once; `flops` of one call, two per multiply-add of
+    convolutions, matrix products and attention, None where shapes are open or there is no program; `file_bytes` of the
+    whole package; `metadata`; `function`, the name of the default function, whose inputs, outputs, operations and flops
+    those are; `functions`: name -> these four, of each function.
 
     Raises:
         PackageError: see `read_spec`.
     """
     path = Path(path)
     spec, weights = read_spec(path)
-    program = spec.WhichOneof("Type") == "mlProgram"
-    operations = list(_operations(spec)) if program else []
+    functions = {name: _function(spec, name) for name in function_names(spec)}
+    default = default_function(spec)
     metadata = spec.description.metadata
     return {
         "path": str(path),
         "kind": spec.WhichOneof("Type"),
         "format": spec.specificationVersion,
         "system": SYSTEMS.get(spec.specificationVersion, "before iOS15"),
-        "inputs": [_feature(feature) for feature in spec.description.input],
-        "outputs": [_feature(feature) for feature in spec.description.output],
-        "operations": dict(Counter(op.type for op in operations if op.type != "const").most_common()),
+        **functions[default],
+        "function": default,
+        "functions": functions,
         "weights": _weights(path, spec, weights),
-        "flops": _flops(spec, operations) if program else None,
         "file_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "metadata": {
             "description": metadata.shortDescription,
@@ -100,6 +101,16 @@ def describe(path: str | Path) -> dict[str, Any]:
             "user": dict(sorted(metadata.userDefined.items())),
         },
     }
+
+
+def function_names(spec: Any) -> list[str]:
+    """The functions of a model, in the order in which it describes them; "main" alone where it describes none."""
+    return [function.name for function in spec.description.functions] or ["main"]
+
+
+def default_function(spec: Any) -> str:
+    """The function that runs where none is asked for."""
+    return spec.description.defaultFunctionName or function_names(spec)[0]
 
 
 def report(descriptions: Iterable[Mapping[str, Any]], console: Console | None = None) -> None:
@@ -127,17 +138,40 @@ def report(descriptions: Iterable[Mapping[str, Any]], console: Console | None = 
         )
     console.print(figures)
     for found in descriptions:
-        counts = ", ".join(f"{count} {kind}" for kind, count in found["operations"].items())
-        borders = Table(title=Path(found["path"]).name, title_justify="left", caption=counts, caption_justify="left")
-        borders.add_column("")
-        for name in ("name", "shape", "type"):
-            borders.add_column(name, no_wrap=True)
-        borders.add_column("what it is")
-        for side, word in (("inputs", "in"), ("outputs", "out")):
-            for feature in found[side]:
-                shape = "x".join(map(str, feature["shape"]))
-                borders.add_row(word, feature["name"], shape, feature["dtype"], escape(feature["about"]))
-        console.print(borders)
+        for name, function in found["functions"].items():
+            title = Path(found["path"]).name
+            if len(found["functions"]) > 1:
+                title += f", function {name}{' (default)' if name == found['function'] else ''}"
+                title += "" if function["flops"] is None else f", {function['flops'] / 1e9:.3f} GFLOP"
+            console.print(_borders(title, function))
+
+
+def _borders(title: str, function: Mapping[str, Any]) -> Table:
+    counts = ", ".join(f"{count} {kind}" for kind, count in function["operations"].items())
+    borders = Table(title=title, title_justify="left", caption=counts, caption_justify="left")
+    borders.add_column("")
+    for name in ("name", "shape", "type"):
+        borders.add_column(name, no_wrap=True)
+    borders.add_column("what it is")
+    for side, word in (("inputs", "in"), ("outputs", "out")):
+        for feature in function[side]:
+            shape = "x".join(map(str, feature["shape"]))
+            borders.add_row(word, feature["name"], shape, feature["dtype"], escape(feature["about"]))
+    return borders
+
+
+def _function(spec: Any, name: str) -> dict[str, Any]:
+    """Inputs, outputs, operations and FLOPs of one function."""
+    described = next((function for function in spec.description.functions if function.name == name), spec.description)
+    program = spec.WhichOneof("Type") == "mlProgram"
+    function = spec.mlProgram.functions[name] if program else None
+    operations = list(_of_function(function)) if program else []
+    return {
+        "inputs": [_feature(feature) for feature in described.input],
+        "outputs": [_feature(feature) for feature in described.output],
+        "operations": dict(Counter(op.type for op in operations if op.type != "const").most_common()),
+        "flops": _flops(function, operations) if program else None,
+    }
 
 
 def _feature(feature: Any) -> dict[str, Any]:
@@ -155,14 +189,18 @@ def _feature(feature: Any) -> dict[str, Any]:
 
 
 def _operations(spec: Any) -> Iterator[Any]:
+    for name in sorted(spec.mlProgram.functions):
+        yield from _of_function(spec.mlProgram.functions[name])
+
+
+def _of_function(function: Any) -> Iterator[Any]:
     def of_block(block: Any) -> Iterator[Any]:
         for op in block.operations:
             yield op
             for inner in op.blocks:
                 yield from of_block(inner)
 
-    for function in spec.mlProgram.functions.values():
-        yield from of_block(function.block_specializations[function.opset])
+    yield from of_block(function.block_specializations[function.opset])
 
 
 def _blobs(spec: Any) -> Iterator[Any]:
@@ -211,10 +249,9 @@ def _shape(value_type: Any) -> list[int]:
     return [dimension.constant.size for dimension in value_type.tensorType.dimensions]
 
 
-def _flops(spec: Any, operations: list[Any]) -> int | None:
+def _flops(function: Any, operations: list[Any]) -> int | None:
     """FLOPs of one call, as `describe` counts them; None where a shape is open until the call."""
-    borders = [feature for function in spec.mlProgram.functions.values() for feature in function.inputs]
-    named = [*borders, *(output for op in operations for output in op.outputs)]
+    named = [*function.inputs, *(output for op in operations for output in op.outputs)]
     if any(
         dimension.WhichOneof("dimension") == "unknown" for it in named for dimension in it.type.tensorType.dimensions
     ):

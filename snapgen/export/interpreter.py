@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snapgen.export.inspect import read_spec
+from snapgen.export.inspect import default_function, read_spec
 from snapgen.export.tools import ExportError, PackageError, coremltools, quiet
 
 DTYPES = {
@@ -41,19 +41,22 @@ class Program:
 
     Args:
         path: an .mlpackage.
-        function: which of its functions.
+        function: which of its functions; by default the package's default.
 
     Raises:
         PackageError: it cannot be read, or has no such function.
         UnsupportedOp: it has operations that are missing here; names all of them.
     """
 
-    def __init__(self, path: str | Path, function: str = "main") -> None:
+    def __init__(self, path: str | Path, function: str | None = None) -> None:
         spec, weights = read_spec(path)
         if spec.WhichOneof("Type") != "mlProgram":
             raise PackageError(f"{path}: holds a {spec.WhichOneof('Type')}; only ML programs can be run here")
+        function = function or default_function(spec)
         if function not in spec.mlProgram.functions:
             raise PackageError(f"{path}: has no function {function!r}; there are {sorted(spec.mlProgram.functions)}")
+        for other in spec.mlProgram.functions.keys() - {function}:  # they would be built for nothing
+            del spec.mlProgram.functions[other]
         milproto = coremltools("converters.mil.frontend.milproto.load")
         with quiet():
             program = milproto.load(spec, spec.specificationVersion, file_weights_dir=str(weights))

@@ -11,8 +11,8 @@ the peak being the largest magnitude of the reference; the worst case counts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -99,32 +99,68 @@ def plain(module: nn.Module) -> nn.Module:
     return nn.Module.to(copy.deepcopy(module), "cpu", torch.float32).eval()
 
 
+@dataclass(frozen=True)
+class Case:
+    """One call of a part: what it takes, and what the model gives in fp32."""
+
+    name: str
+    inputs: dict[str, Tensor]  # as the package takes them
+    outputs: dict[str, Tensor]
+    counts: dict[str, Tensor] = field(default_factory=dict)  # output -> bool mask of its rows that mean anything
+
+    def compare(self, outputs: Mapping[str, Tensor]) -> float:
+        """PSNR of a call's outputs, the worst of them."""
+        figures = []
+        for name, reference in self.outputs.items():
+            got = outputs[name]
+            if name in self.counts:
+                got, reference = got[self.counts[name]], reference[self.counts[name]]
+            figures.append(psnr(got, reference))
+        return min(figures)
+
+
 @torch.no_grad()
-def check(name: str, program: Chain, pipe: Any, cases: Cases) -> float:
-    """Worst PSNR of a part over the cases.
+def measure(name: str, program: Chain, pipe: Any, cases: Cases) -> list[tuple[Case, float]]:
+    """Every case of a part, with the PSNR of the program's outputs.
 
     Args:
         name: "denoiser", "decoder" or "text_encoder".
         program: the part's packages.
-
-    Raises:
-        ParityError: it is below the part's floor in `FLOORS`.
     """
     with use("reference"):
-        figures = _COMPARISONS[name](program, pipe, cases)
+        return [(case, case.compare(program(case.inputs))) for case in _CASES[name](program.inputs, pipe, cases)]
+
+
+def hold(name: str, figures: Mapping[str, float], floor: float) -> float:
+    """The worst of the figures (case -> dB).
+
+    Raises:
+        ParityError: it is below `floor`.
+    """
     worst = min(figures, key=lambda case: figures[case])
-    if figures[worst] < FLOORS[name]:
+    if figures[worst] < floor:
         raise ParityError(
             f"{name}: the exported program is {figures[worst]:.1f} dB from the model at {worst}; the floor is "
-            f"{FLOORS[name]:.0f} dB. Its weights or activations may leave the range of fp16. Nothing was written"
+            f"{floor:.0f} dB. Its weights or activations may leave the range of fp16. Nothing was written"
         )
     return figures[worst]
 
 
-def _denoiser(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
+def check(name: str, program: Chain, pipe: Any, cases: Cases) -> float:
+    """Worst PSNR of a part over the cases.
+
+    Raises:
+        ParityError: it is below the part's floor in `FLOORS`.
+    """
+    return hold(name, {case.name: figure for case, figure in measure(name, program, pipe, cases)}, FLOORS[name])
+
+
+Borders = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def _denoiser(borders: Borders, pipe: Any, cases: Cases) -> Iterator[Case]:
     model = plain(pipe.denoiser)
-    batch = program.inputs["sample"][0][0]
-    figures = {}
+    batch = borders["sample"][0][0]
     for index, time in enumerate(TIMES):
         sample = cases.noisy[index : index + 1].expand(batch, -1, -1, -1)
         timestep = torch.full((batch,), time * flow.TIMESTEP_SCALE)
@@ -137,41 +173,36 @@ def _denoiser(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
             "encoder_hidden_states": text.context.transpose(1, 2)[:, :, None],
             "encoder_attention_mask": text.mask[:, None, None],
         }
-        if "time_embedding" in program.inputs:
+        if "time_embedding" in borders:
             inputs["time_embedding"] = time_embeddings(model, timestep[:1])[None, None]
         else:
             inputs["timestep"] = timestep
-        if text.pooled is not None and "pooled_projections" in program.inputs:
+        if text.pooled is not None and "pooled_projections" in borders:
             inputs["pooled_projections"] = text.pooled
-        figures[f"t = {time:.3f}"] = psnr(program(inputs)["velocity"], reference)
-    return figures
+        yield Case(f"t = {time:.3f}", inputs, {"velocity": reference})
 
 
-def _decoder(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
+def _decoder(borders: Borders, pipe: Any, cases: Cases) -> Iterator[Case]:
     model: Any = plain(pipe.decoder)
-    batch = program.inputs["z"][0][0]
-    figures = {}
+    batch = borders["z"][0][0]
     for index, caption in enumerate(cases.captions):
         z = cases.clean[index : index + 1].expand(batch, -1, -1, -1)
-        figures[f"{caption!r}"] = psnr(program({"z": z})["image"], model.decode(z))
-    return figures
+        yield Case(f"{caption!r}", {"z": z}, {"image": model.decode(z)})
 
 
-def _text_encoder(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
-    batch, tokens = program.inputs["input_ids"][0]
-    figures = {}
+def _text_encoder(borders: Borders, pipe: Any, cases: Cases) -> Iterator[Case]:
+    batch, tokens = borders["input_ids"][0]
     for index, caption in enumerate(cases.captions):
         ids = pipe.tokenizer(caption, padding="max_length", max_length=tokens, return_tensors="pt").input_ids
-        outputs = program({"input_ids": ids.expand(batch, -1)})
         text = _row(cases.text, index)
-        states = outputs["last_hidden_state"][:1][text.mask]
-        figures[f"{caption!r}"] = psnr(states, text.context[text.mask])
+        outputs = {"last_hidden_state": text.context.expand(batch, -1, -1)}
         if text.pooled is not None:
-            figures[f"{caption!r}, pooled"] = psnr(outputs["pooled_outputs"][:1], text.pooled)
-    return figures
+            outputs["pooled_outputs"] = text.pooled.expand(batch, -1)
+        counts = {"last_hidden_state": text.mask.expand(batch, -1)}
+        yield Case(f"{caption!r}", {"input_ids": ids.expand(batch, -1)}, outputs, counts)
 
 
-_COMPARISONS = {"denoiser": _denoiser, "decoder": _decoder, "text_encoder": _text_encoder}
+_CASES = {"denoiser": _denoiser, "decoder": _decoder, "text_encoder": _text_encoder}
 
 
 def _padded(text: TextEmbedding, tokens: int) -> TextEmbedding:
