@@ -2,13 +2,14 @@
 
 One key/value head makes the N * H queries of a sample the rows of one matrix: a tile of rows reads every key once for
 all heads. Keys are made ready first, by one small launch (none where nothing is to do): normalised, rotated, padded to
-whole tiles, zero where masked or beyond the end. A mask comes with a bias per key that is 0, or -inf where it may not be
-attended; without one only the last tile of keys has any to leave out, and only there they are looked for.
-Queries are normalised and rotated in registers as their tile is loaded.
+whole tiles, zero where masked or beyond the end. A mask becomes a bias per key: 0, or -inf where it may not be
+attended. Without a mask only the last tile of keys has any to leave out, and only there they are looked for. Queries
+are normalised and rotated in registers as their tile is loaded.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -84,11 +85,10 @@ def load_queries(
 
 
 @triton.jit
-def within(b_x, b_n, left, rest, BLOCK_N: tl.constexpr, TAIL: tl.constexpr):
-    """Scores or weights of a tile of keys, ``rest`` where fewer than BLOCK_N keys are left and this is none of them."""
-    if TAIL:
-        if left < BLOCK_N:
-            b_x = tl.where((b_n < left)[None, :], b_x, rest)
+def within(b_x, b_n, left, rest, BLOCK_N: tl.constexpr):
+    """Scores or weights of a tile of keys; ``rest`` beyond the last key, if fewer than BLOCK_N are left."""
+    if left < BLOCK_N:
+        b_x = tl.where((b_n < left)[None, :], b_x, rest)
     return b_x
 
 
@@ -192,7 +192,8 @@ def attention_kernel(
     for i_n in range(0, M, BLOCK_N):
         b_s = tl.dot(b_q, tl.load(p_k), input_precision=PRECISION)
         if p_bias is None:
-            b_s = within(b_s, b_n, M - i_n, float("-inf"), BLOCK_N, TAIL)
+            if TAIL:
+                b_s = within(b_s, b_n, M - i_n, float("-inf"), BLOCK_N)
             b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * log2_scale)
             b_shift = b_new_max
             b_p = tl.exp2(tl.fma(b_s, log2_scale, -b_shift[:, None]))
@@ -229,6 +230,7 @@ CONFIGS_WIDE_TF32 = (Config(64, 32, 8, 2),)
 CONFIGS_WIDE_FP32 = (Config(32, 32, 8, 2),)
 # AMD has 64 KiB of shared memory.
 CONFIGS_HIP = (Config(128, 64, 4, 1), Config(64, 64, 4, 1))
+CONFIGS_HIP_RAGGED = (Config(64, 64, 8, 1),)
 # Keys are padded to a multiple of the widest tile.
 PAD = 128
 # Numbers in a tile of the kernel that makes keys ready.
@@ -241,15 +243,23 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
-def configs_for(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int) -> tuple[Config, ...]:
-    """The candidates, widest first."""
+def is_whole(dim: int) -> bool:
+    """Whether rows of a head are whole vectors; else they are loaded number by number, each with an address and a mask,
+    which takes more registers."""
+    return dim % 16 == 0
+
+
+def configs_for(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int, whole: bool) -> tuple[Config, ...]:
+    """The candidates, widest first; ``whole``: see :func:`is_whole`."""
     wide = columns > 64
     if dtype == torch.float32:
         if exactness == "tf32":
             return CONFIGS_WIDE_TF32 if wide else CONFIGS_TF32
         return CONFIGS_WIDE_FP32 if wide else CONFIGS_FP32
     if not nvidia:
-        return CONFIGS_HIP
+        return CONFIGS_HIP if whole else CONFIGS_HIP_RAGGED
+    if not whole:
+        return CONFIGS_WIDE[:1] if wide else CONFIGS[-1:]
     return CONFIGS_WIDE if wide else CONFIGS
 
 
@@ -348,7 +358,7 @@ def forward(
             num_stages=config.num_stages,
         )  # fmt: skip
 
-    configs = configs_for(q.dtype, exactness, torch.version.hip is None, columns)
+    configs = configs_for(q.dtype, exactness, torch.version.hip is None, columns, is_whole(dim))
     default = filling(configs, batch, rows, keys, common.processors(q))
     flags = (made.bias is not None, weight is not None, tables.cos is not None)
     key = (str(q.dtype), exactness, *q.shape, keys, *flags)
@@ -359,29 +369,32 @@ def forward(
 # ---- what is launched ------------------------------------------------------------------------------------------------
 
 
-def variants() -> list[dict[str, Any]]:
-    """Self-attention of the model, its cross-attention to masked keys, and to unmasked ones that are no whole tiles; one
-    without a norm, but rotated; one with neither, for a head that is no power of two."""
+def variants(whole: bool) -> list[dict[str, Any]]:
+    """The model's self-attention, and its cross-attention to masked keys and to keys that are no whole tiles; rotation
+    without a norm, neither; heads that are no power of two. ``whole``: see :func:`is_whole`."""
     unrotated: dict[str, Any] = {"ROPE": False, "p_cos": None, "p_sin": None, "HEADS": 1}
     unbiased: dict[str, Any] = {"p_bias": None}
     unnormed: dict[str, Any] = {"NORM": False, "p_weight": None}
     rotated: dict[str, Any] = {"ROPE": True, "HEADS": 14}
-    made = [
-        {"NORM": True, "TAIL": False, **rotated, **unbiased},
-        {"NORM": True, "TAIL": False, **unrotated},
-        {"NORM": True, "TAIL": True, **unrotated, **unbiased},
-        {"TAIL": False, **unnormed, **rotated, **unbiased},
-        {"TAIL": True, **unnormed, **unrotated, **unbiased},
-    ]
-    return [{"EVEN_D": True, **flags} for flags in made] + [
+    uneven = [
         {"EVEN_D": False, "NORM": True, "TAIL": True, **rotated, **unbiased},
         {"EVEN_D": False, "TAIL": False, **unnormed, **unrotated},
     ]
+    if not whole:
+        return uneven
+    return [
+        {"EVEN_D": True, "NORM": True, "TAIL": False, **rotated, **unbiased},
+        {"EVEN_D": True, "NORM": True, "TAIL": False, **unrotated},
+        {"EVEN_D": True, "NORM": True, "TAIL": True, **unrotated, **unbiased},
+        {"EVEN_D": True, "TAIL": False, **unnormed, **rotated, **unbiased},
+        {"EVEN_D": True, "TAIL": True, **unnormed, **unrotated, **unbiased},
+        uneven[0],
+    ]
 
 
-def divisible(even_d: bool) -> tuple[str, ...]:
-    """Sizes that are multiples of 16: a head that is no power of two may be 40."""
-    return ("D", "padded") if even_d else ("padded",)
+def sizes(whole: bool) -> tuple[str, ...]:
+    """Those that are multiples of 16."""
+    return ("D", "padded") if whole else ("padded",)
 
 
 def key_variants() -> list[dict[str, Any]]:
@@ -400,18 +413,18 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """Every kernel of this file in every config that its launchers may choose."""
     found: list[Build] = []
     images = ("p_q", "p_k", "p_v", "p_o", "p_new_k", "p_new_v")
-    for columns in (64, 128):
-        for variant in variants():
-            for exactness in precisions(dtype, nvidia):
-                for config in configs_for(dtype, exactness, nvidia, columns):
-                    found.append(
-                        common.build(
-                            attention_kernel, dtype, images, config, divisible(variant["EVEN_D"]), BLOCK_D=columns,
-                            PRECISION=exactness, products=dtype != torch.float32 or exactness == "tf32", **variant,
-                        )
-                    )  # fmt: skip
+    for columns, whole in itertools.product((64, 128), (True, False)):
+        for variant, exactness in itertools.product(variants(whole), precisions(dtype, nvidia)):
+            for config in configs_for(dtype, exactness, nvidia, columns, whole):
+                found.append(
+                    common.build(
+                        attention_kernel, dtype, images, config, sizes(whole), BLOCK_D=columns, PRECISION=exactness,
+                        products=dtype != torch.float32 or exactness == "tf32", **variant,
+                    )
+                )  # fmt: skip
         for variant in key_variants():
             tile = KeysTile(KEYS_VALUES // columns, columns, 4)
-            listed = common.build(keys_kernel, dtype, images, tile, ("D", "padded"), **variant)
+            vector = 16 if whole else 4
+            listed = common.build(keys_kernel, dtype, images, tile, sizes(whole), vector=vector, **variant)
             found.append(listed._replace(pointers={**listed.pointers, "p_mask": "u8"}))
     return found

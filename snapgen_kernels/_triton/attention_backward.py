@@ -77,7 +77,8 @@ def query_gradient_kernel(
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             if p_bias is None:
                 b_p = tl.exp2(tl.fma(b_s, log2_scale, -b_shift[:, None]))
-                b_p = within(b_p, b_n, M - i_n, 0.0, BLOCK_N, TAIL)  # else inf, where scores are far below 0
+                if TAIL:  # where scores are far below 0, a key of zeros has a weight of inf
+                    b_p = within(b_p, b_n, M - i_n, 0.0, BLOCK_N)
             else:
                 b_bias = tl.load(p_bias + i_b * padded + i_n + b_n)[None, :]
                 b_p = tl.exp2(tl.fma(b_s, log2_scale, b_bias - b_shift[:, None]))
@@ -198,20 +199,20 @@ PROGRAMS = 2
 MIN_TILES = 4
 
 
-def query_configs(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int) -> tuple[Config, ...]:
-    """The candidates, widest first."""
+def query_configs(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int, whole: bool) -> tuple[Config, ...]:
+    """The candidates, widest first; ``whole``: see ``attention.is_whole``."""
     wide = columns > 64
     if dtype == torch.float32:
         if exactness == "tf32":
             return QUERY_CONFIGS_WIDE_TF32 if wide else QUERY_CONFIGS_TF32
         return QUERY_CONFIGS_WIDE_FP32 if wide else QUERY_CONFIGS_FP32
     if not nvidia:
-        return QUERY_CONFIGS_HIP
+        return QUERY_CONFIGS_HIP if whole else QUERY_CONFIGS_HIP[-1:]
     return QUERY_CONFIGS_WIDE if wide else QUERY_CONFIGS
 
 
-def key_configs(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int) -> tuple[Config, ...]:
-    """The candidates, widest first."""
+def key_configs(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int, whole: bool) -> tuple[Config, ...]:
+    """The candidates, widest first; ``whole``: see ``attention.is_whole``."""
     wide = columns > 64
     if dtype == torch.float32:
         if exactness == "tf32":
@@ -253,7 +254,7 @@ def _query_gradient(rows: _Rows, keys: Keys, o: Tensor, count: int, scale: float
             num_stages=config.num_stages,
         )  # fmt: skip
 
-    configs = query_configs(rows.q.dtype, exactness, torch.version.hip is None, columns)
+    configs = query_configs(rows.q.dtype, exactness, torch.version.hip is None, columns, kernels.is_whole(dim))
     default = kernels.filling(configs, batch, total, count, common.processors(rows.q))
     key = (*_key(rows, keys, count, exactness), wanted)
     launch(tuning.choose("attention_query_gradient", key, configs, default, launch))
@@ -286,7 +287,7 @@ def _key_gradients(
         add_parts(parts.view(-1, batch * count * dim), *(t for t in found if t is not None))
         return found
 
-    configs = key_configs(rows.q.dtype, exactness, torch.version.hip is None, columns)
+    configs = key_configs(rows.q.dtype, exactness, torch.version.hip is None, columns, kernels.is_whole(dim))
     key = (*_key(rows, keys, count, exactness), *wanted)
     default = kernels.fitting(configs, count)[0]
     return launch(tuning.choose("attention_key_gradient", key, configs, default, launch))
@@ -366,25 +367,28 @@ def backward(
 # ---- what is launched ------------------------------------------------------------------------------------------------
 
 
-def query_variants() -> list[dict[str, Any]]:
-    """Masked keys; unmasked ones, in whole tiles and not; a head that is no power of two."""
+def query_variants(whole: bool) -> list[dict[str, Any]]:
+    """Masked keys; unmasked ones, in whole tiles and not; heads that are no power of two."""
     unbiased: dict[str, Any] = {"p_bias": None}
+    uneven = [{"EVEN_D": False, "TAIL": True, **unbiased}, {"EVEN_D": False, "TAIL": False}]
+    if not whole:
+        return uneven
     return [
         {"EVEN_D": True, "TAIL": False, **unbiased},
         {"EVEN_D": True, "TAIL": False},
         {"EVEN_D": True, "TAIL": True, **unbiased},
-        {"EVEN_D": False, "TAIL": False},
-        {"EVEN_D": False, "TAIL": True, **unbiased},
+        uneven[0],
     ]
 
 
-def key_variants() -> list[dict[str, Any]]:
-    """The same for both gradients; one alone."""
+def key_variants(whole: bool) -> list[dict[str, Any]]:
+    """Masked keys and others; heads that are no power of two; one gradient alone."""
     unbiased: dict[str, Any] = {"p_bias": None}
+    if not whole:
+        return [{"EVEN_D": False, **unbiased}, {"EVEN_D": False}]
     return [
         {"EVEN_D": True, **unbiased},
         {"EVEN_D": True},
-        {"EVEN_D": False},
         {"EVEN_D": False, **unbiased},
         {"EVEN_D": True, "p_dv": None},
         {"EVEN_D": True, "p_dk": None},
@@ -395,17 +399,18 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """Both kernels in every config that the launchers may choose."""
     images = ("p_q", "p_k", "p_v", "p_do")
     kinds = (
-        (query_gradient_kernel, (*images, "p_o", "p_dq"), query_configs, query_variants()),
-        (key_gradient_kernel, images, key_configs, key_variants()),
+        (query_gradient_kernel, (*images, "p_o", "p_dq"), query_configs, query_variants),
+        (key_gradient_kernel, images, key_configs, key_variants),
     )
     return [
         common.build(
-            kernel, dtype, names, config, kernels.divisible(variant["EVEN_D"]), BLOCK_D=columns, PRECISION=exactness,
+            kernel, dtype, names, config, kernels.sizes(whole), BLOCK_D=columns, PRECISION=exactness,
             products=dtype != torch.float32 or exactness == "tf32", **variant,
         )
         for kernel, names, configs, variants in kinds
         for columns in (64, 128)
+        for whole in (True, False)
         for exactness in precisions(dtype, nvidia)
-        for config in configs(dtype, exactness, nvidia, columns)
-        for variant in variants
+        for config in configs(dtype, exactness, nvidia, columns, whole)
+        for variant in variants(whole)
     ]  # fmt: skip

@@ -269,20 +269,36 @@ def forward(
 
 
 def variants() -> list[dict[str, Any]]:
-    """The model's calls: self-attention, and cross-attention without rotation."""
-    plain: dict[str, Any] = {"p_cos": None, "p_sin": None}
-    return [{"NORM": True, "ROPE": True}, {"NORM": True, "ROPE": False, **plain}]
+    """The model's calls: self-attention, and cross-attention without rotation; rotation alone."""
+    return [
+        {"NORM": True, "ROPE": True},
+        {"NORM": True, "ROPE": False, "p_cos": None, "p_sin": None},
+        {"NORM": False, "ROPE": True, "p_wq": None, "p_wk": None},
+    ]
 
 
 def tiles(configs: tuple[Config, ...]) -> list[Tile]:
-    """The configs with the model's head and with a wider one."""
-    return [Tile(config.values // columns, columns, config.num_warps) for config in configs for columns in (64, 128)]
+    """The configs with the model's head and with wider ones."""
+    columns = (64, 128, 256)
+    return [Tile(config.values // width, width, config.num_warps) for config in configs for width in columns]
+
+
+def head_builds(
+    kernel: Any, dtype: torch.dtype, images: tuple[str, ...], configs: tuple[Config, ...], **constants: Any
+) -> list[Build]:
+    """A kernel in every tile, for heads that fill it and for others, which may be 40 or 200: then loads are no whole
+    vectors."""
+    kinds: tuple[tuple[bool, tuple[str, ...], int], ...] = ((True, ("D",), 16), (False, (), 4))
+    return [
+        common.build(kernel, dtype, images, tile, divisible, vector=vector, EVEN_D=even, **constants)
+        for tile in tiles(configs)
+        for even, divisible, vector in kinds
+    ]
 
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The kernel in every config that the launcher may choose."""
+    images = ("p_q", "p_k", "p_yq", "p_yk")
     return [
-        common.build(norm_rope_kernel, dtype, ("p_q", "p_k", "p_yq", "p_yk"), tile, ("D",), EVEN_D=True, **variant)
-        for tile in tiles(CONFIGS)
-        for variant in variants()
+        build for variant in variants() for build in head_builds(norm_rope_kernel, dtype, images, CONFIGS, **variant)
     ]

@@ -257,16 +257,11 @@ def backward(
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """Every kernel of this file in every config that its launchers may choose."""
     images = ("p_q", "p_k", "p_dyq", "p_dyk", "p_dq", "p_dk")
-    unmasked: dict[str, Any] = {"p_mask": None}
-    found = [
-        common.build(norm_rope_backward_kernel, dtype, images, tile, ("D",), EVEN_D=True, **unmasked, **variant)
-        for tile in kernels.tiles(CONFIGS)
-        for variant in kernels.variants()
-    ]
-    for tile in kernels.tiles(CONFIGS):
-        # Cross-attention to masked keys.
-        masked = common.build(
-            norm_rope_backward_kernel, dtype, images, tile, ("D",), EVEN_D=True, **kernels.variants()[1]
-        )
-        found.append(masked._replace(pointers={**masked.pointers, "p_mask": "u8"}))
+    found: list[Build] = []
+    for variant in kernels.variants():
+        # Without a norm there are no weights to be given gradients.
+        parts: dict[str, Any] = {} if variant["NORM"] else {"p_parts_q": None, "p_parts_k": None}
+        for mask in ({"p_mask": None}, {}):
+            listed = kernels.head_builds(norm_rope_backward_kernel, dtype, images, CONFIGS, **variant, **parts, **mask)
+            found += [build._replace(pointers={**build.pointers, "p_mask": "u8"}) for build in listed]
     return [*found, common.build(add_weights_kernel, dtype, (), ADD_CONFIG, ("D",))]
