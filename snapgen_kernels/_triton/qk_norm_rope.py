@@ -277,28 +277,32 @@ def variants() -> list[dict[str, Any]]:
     ]
 
 
-def tiles(configs: tuple[Config, ...]) -> list[Tile]:
-    """The configs with the model's head and with wider ones."""
-    columns = (64, 128, 256)
-    return [Tile(config.values // width, width, config.num_warps) for config in configs for width in columns]
-
-
 def head_builds(
     kernel: Any, dtype: torch.dtype, images: tuple[str, ...], configs: tuple[Config, ...], **constants: Any
 ) -> list[Build]:
-    """A kernel in every tile, for heads that fill it and for others, which may be 40 or 200: then loads are no whole
-    vectors."""
-    kinds: tuple[tuple[bool, tuple[str, ...], int], ...] = ((True, ("D",), 16), (False, (), 4))
+    """A kernel in every config, for the model's head and for a wider one."""
     return [
-        common.build(kernel, dtype, images, tile, divisible, vector=vector, EVEN_D=even, **constants)
-        for tile in tiles(configs)
-        for even, divisible, vector in kinds
+        common.build(kernel, dtype, images, Tile(values // columns, columns, warps), ("D",), EVEN_D=True, **constants)
+        for values, warps in configs
+        for columns in (64, 128)
+    ]
+
+
+def uneven_builds(
+    kernel: Any, dtype: torch.dtype, images: tuple[str, ...], configs: tuple[Config, ...], **constants: Any
+) -> list[Build]:
+    """For heads of 40 and 200, which fill no tile; nor are their rows whole vectors."""
+    return [
+        common.build(
+            kernel, dtype, images, Tile(values // columns, columns, warps), (), vector=4, EVEN_D=False, **constants
+        )
+        for values, warps in configs
+        for columns in (64, 256)
     ]
 
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The kernel in every config that the launcher may choose."""
     images = ("p_q", "p_k", "p_yq", "p_yk")
-    return [
-        build for variant in variants() for build in head_builds(norm_rope_kernel, dtype, images, CONFIGS, **variant)
-    ]
+    found = [b for variant in variants() for b in head_builds(norm_rope_kernel, dtype, images, CONFIGS, **variant)]
+    return [*found, *uneven_builds(norm_rope_kernel, dtype, images, CONFIGS, **variants()[0])]

@@ -256,12 +256,18 @@ def backward(
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """Every kernel of this file in every config that its launchers may choose."""
-    images = ("p_q", "p_k", "p_dyq", "p_dyk", "p_dq", "p_dk")
-    found: list[Build] = []
-    for variant in kernels.variants():
-        # Without a norm there are no weights to be given gradients.
-        parts: dict[str, Any] = {} if variant["NORM"] else {"p_parts_q": None, "p_parts_k": None}
-        for mask in ({"p_mask": None}, {}):
-            listed = kernels.head_builds(norm_rope_backward_kernel, dtype, images, CONFIGS, **variant, **parts, **mask)
-            found += [build._replace(pointers={**build.pointers, "p_mask": "u8"}) for build in listed]
+    kernel, images = norm_rope_backward_kernel, ("p_q", "p_k", "p_dyq", "p_dyk", "p_dq", "p_dk")
+    unmasked: dict[str, Any] = {"p_mask": None}
+    # Without a norm there are no weights to be given gradients.
+    unnormed: dict[str, Any] = {"p_parts_q": None, "p_parts_k": None}
+    rotated, plain, alone = kernels.variants()
+    found = [
+        *kernels.head_builds(kernel, dtype, images, CONFIGS, **unmasked, **rotated),
+        *kernels.head_builds(kernel, dtype, images, CONFIGS, **unmasked, **plain),
+        *kernels.head_builds(kernel, dtype, images, CONFIGS, **unmasked, **unnormed, **alone),
+        *kernels.head_builds(kernel, dtype, images, CONFIGS, **plain),
+        *kernels.head_builds(kernel, dtype, images, CONFIGS, **rotated),
+        *kernels.uneven_builds(kernel, dtype, images, CONFIGS, **rotated),
+    ]
+    found = [build._replace(pointers={**build.pointers, "p_mask": "u8"}) for build in found]
     return [*found, common.build(add_weights_kernel, dtype, (), ADD_CONFIG, ("D",))]

@@ -389,9 +389,9 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                     )
                 )
     for add in ADD_CONFIGS:
-        for second in ({"p_second": None}, {}):
-            outputs = ("p_out", *(() if second else ("p_second",)))
-            found.append(common.build(add_parts_kernel, dtype, outputs, add, ("n", "inner"), s_inner=1, **second))
+        alone: dict[str, Any] = {"p_second": None}
+        found.append(common.build(add_parts_kernel, dtype, ("p_out",), add, ("n", "inner"), s_inner=1, **alone))
+        found.append(common.build(add_parts_kernel, dtype, ("p_out", "p_second"), add, ("n", "inner"), s_inner=1))
     for shape in SUMS_CONFIGS:
         found.append(common.build(channel_sums_kernel, dtype, ("p_x",), shape, ("C",)))
     return found
