@@ -164,13 +164,13 @@ def test_masked_keys_are_not_read(dtype: torch.dtype, kind: str) -> None:
 
 
 @inside
-@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 2), (torch.float16, 5), (torch.bfloat16, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("keys", [1, 15, 63, 65, 77])
-def test_keys_beyond_the_end_have_no_weight(keys: int, dtype: torch.dtype, far: int) -> None:
+def test_keys_beyond_the_end_have_no_weight(keys: int, dtype: torch.dtype) -> None:
     """Those of zeros that fill the last tile, where every score is below zero: next to them real keys would have no
-    weight, and theirs would be infinite. (In fp32 not as far: lse itself rounds away more than the bound.)"""
+    weight, and theirs would be infinite. Not in fp32, where the rounding of lse outweighs that of such scores."""
     q, k, v = _inputs(dtype, keys=keys)
-    leaves = [t.requires_grad_() for t in (q.abs() + far, -k.abs() - far, v)]
+    leaves = [t.requires_grad_() for t in (q.abs() + 5, -k.abs() - 5, v)]
     exact = [t.detach().double().requires_grad_() for t in leaves]
     plain = [t.detach().clone().requires_grad_() for t in leaves]
     with checks.poisoned_memory():
