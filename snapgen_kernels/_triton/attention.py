@@ -225,7 +225,7 @@ CONFIGS_TF32 = (Config(64, 64, 8, 2), Config(64, 32, 4, 2))
 # fp32 products in full precision run on the ordinary units, whose accumulators take more registers.
 CONFIGS_FP32 = (Config(32, 32, 4, 2),)
 # Heads of more than 64.
-CONFIGS_WIDE = (Config(64, 64, 8, 3), Config(64, 64, 4, 3))
+CONFIGS_WIDE = (Config(64, 64, 8, 3),)
 CONFIGS_WIDE_TF32 = (Config(64, 32, 8, 2),)
 CONFIGS_WIDE_FP32 = (Config(32, 32, 8, 2),)
 # AMD has 64 KiB of shared memory.
@@ -249,8 +249,10 @@ def is_whole(dim: int) -> bool:
     return dim % 16 == 0
 
 
-def configs_for(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int, whole: bool) -> tuple[Config, ...]:
-    """The candidates, widest first; ``whole``: see :func:`is_whole`."""
+def configs_for(
+    dtype: torch.dtype, exactness: str, nvidia: bool, columns: int, whole: bool, shared: int
+) -> tuple[Config, ...]:
+    """The candidates, widest first; ``whole``: see :func:`is_whole`; ``shared``: see ``common.shared_bytes``."""
     wide = columns > 64
     if dtype == torch.float32:
         if exactness == "tf32":
@@ -258,9 +260,10 @@ def configs_for(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int, 
         return CONFIGS_WIDE_FP32 if wide else CONFIGS_FP32
     if not nvidia:
         return CONFIGS_HIP if whole else CONFIGS_HIP_RAGGED
-    if not whole:
-        return CONFIGS_WIDE[:1] if wide else CONFIGS[-1:]
-    return CONFIGS_WIDE if wide else CONFIGS
+    configs = CONFIGS_WIDE if wide else CONFIGS if whole else CONFIGS[-1:]
+    # The widest tiles in three stages take 112 KiB.
+    stages = 3 if shared >= common.LARGE_SHARED else 2
+    return tuple(config._replace(num_stages=min(config.num_stages, stages)) for config in configs)
 
 
 def fitting(configs: tuple[Config, ...], keys: int) -> tuple[Config, ...]:
@@ -358,7 +361,8 @@ def forward(
             num_stages=config.num_stages,
         )  # fmt: skip
 
-    configs = configs_for(q.dtype, exactness, torch.version.hip is None, columns, is_whole(dim))
+    shared = common.shared_bytes(q)
+    configs = configs_for(q.dtype, exactness, torch.version.hip is None, columns, is_whole(dim), shared)
     default = filling(configs, batch, rows, keys, common.processors(q))
     flags = (made.bias is not None, weight is not None, tables.cos is not None)
     key = (str(q.dtype), exactness, *q.shape, keys, *flags)
@@ -415,16 +419,18 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     images = ("p_q", "p_k", "p_v", "p_o", "p_new_k", "p_new_v")
     for columns, whole in itertools.product((64, 128), (True, False)):
         for variant, exactness in itertools.product(variants(whole), precisions(dtype, nvidia)):
-            for config in configs_for(dtype, exactness, nvidia, columns, whole):
-                found.append(
-                    common.build(
-                        attention_kernel, dtype, images, config, sizes(whole), BLOCK_D=columns, PRECISION=exactness,
-                        products=dtype != torch.float32 or exactness == "tf32", **variant,
-                    )
+            listed: dict[Config, int] = {}  # and the shared memory that is there wherever it is launched
+            for shared in (common.LARGE_SHARED, common.SMALL_SHARED):
+                listed |= dict.fromkeys(configs_for(dtype, exactness, nvidia, columns, whole, shared), shared)
+            for config, shared in listed.items():
+                build = common.build(
+                    attention_kernel, dtype, images, config, sizes(whole), BLOCK_D=columns, PRECISION=exactness,
+                    products=dtype != torch.float32 or exactness == "tf32", **variant,
                 )  # fmt: skip
+                found.append(build._replace(shared=shared))
         for variant in key_variants():
             tile = KeysTile(KEYS_VALUES // columns, columns, 4)
             vector = 16 if whole else 4
-            listed = common.build(keys_kernel, dtype, images, tile, sizes(whole), vector=vector, **variant)
-            found.append(listed._replace(pointers={**listed.pointers, "p_mask": "u8"}))
+            build = common.build(keys_kernel, dtype, images, tile, sizes(whole), vector=vector, **variant)
+            found.append(build._replace(pointers={**build.pointers, "p_mask": "u8"}))
     return found

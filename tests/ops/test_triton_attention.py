@@ -212,6 +212,23 @@ def test_only_what_is_wanted_is_written(wanted: tuple[bool, ...], monkeypatch: p
 
 
 @inside
+@pytest.mark.parametrize(("shared", "stages"), [(99 << 10, 2), (163 << 10, 3), (227 << 10, 3)])
+def test_fewer_stages_where_shared_memory_is_small(shared: int, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snapgen_kernels._triton import attention, common
+
+    seen: list[attention.Config] = []
+
+    def choose(kernel: str, key: Any, candidates: Any, default: Any, launch: Any) -> Any:
+        seen.extend((*candidates, default))
+        return default
+
+    monkeypatch.setattr(common, "shared_bytes", lambda _: shared)
+    monkeypatch.setattr(attention.tuning, "choose", choose)
+    _attention(*_inputs(torch.bfloat16))
+    assert seen and {config.num_stages for config in seen} == {stages}
+
+
+@inside
 def test_few_keys_take_a_narrow_tile() -> None:
     from snapgen_kernels._triton import attention, attention_backward
 
