@@ -186,11 +186,13 @@ KEY_CONFIGS = (Config(64, 128, 8, 2), Config(64, 64, 4, 2))
 KEY_CONFIGS_TF32 = (Config(32, 64, 4, 2),)
 KEY_CONFIGS_FP32 = (Config(32, 32, 4, 2),)
 KEY_CONFIGS_HIP = (Config(32, 64, 4, 1),)
+KEY_CONFIGS_HIP_RAGGED = (Config(32, 32, 8, 1),)
 # Heads of more than 64; in tf32 small enough for GPUs with 99 KiB of shared memory a block.
 QUERY_CONFIGS_WIDE = (Config(64, 64, 4, 2),)
 QUERY_CONFIGS_WIDE_TF32 = (Config(64, 16, 8, 2),)
 QUERY_CONFIGS_WIDE_FP32 = (Config(32, 16, 8, 2),)
 KEY_CONFIGS_WIDE = (Config(64, 64, 8, 2), Config(32, 64, 8, 2))
+KEY_CONFIGS_WIDE_RAGGED = (Config(32, 32, 8, 1),)
 KEY_CONFIGS_WIDE_TF32 = (Config(32, 32, 8, 2),)
 KEY_CONFIGS_WIDE_FP32 = (Config(32, 32, 8, 2),)
 # Programs of the kernel for keys for each multiprocessor, and tiles of rows of a program, at least: below, writing and
@@ -219,9 +221,10 @@ def key_configs(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int, 
             return KEY_CONFIGS_WIDE_TF32 if wide else KEY_CONFIGS_TF32
         return KEY_CONFIGS_WIDE_FP32 if wide else KEY_CONFIGS_FP32
     if not nvidia:
-        return KEY_CONFIGS_HIP
-    configs = KEY_CONFIGS_WIDE if wide else KEY_CONFIGS
-    return configs if whole else configs[-1:]
+        return KEY_CONFIGS_HIP if whole else KEY_CONFIGS_HIP_RAGGED
+    if not whole:
+        return KEY_CONFIGS_WIDE_RAGGED if wide else KEY_CONFIGS[-1:]
+    return KEY_CONFIGS_WIDE if wide else KEY_CONFIGS
 
 
 class _Rows(NamedTuple):
