@@ -445,7 +445,7 @@ _TESTS: dict[str, dict[str, dict[str, int]]] = {
         "no-norm": _sizes(B=1, N=9, H=2, D=8, M=9, norm=0),
         "rope-only": _sizes(B=1, N=9, H=2, D=8, M=9, norm=0, rope=1),
         "ragged-head": _sizes(B=1, N=6, H=2, D=100, M=6, rope=1),
-        "wide-head": _sizes(B=1, N=5, H=2, D=128, M=7),
+        "wide-head": _sizes(B=1, N=40, H=2, D=128, M=40),
     },
     "geglu": {
         "small": _sizes(B=2, N=5, C=12, F=7),

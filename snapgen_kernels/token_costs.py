@@ -97,8 +97,8 @@ def _padded(dims: Mapping[str, int]) -> int:
 
 
 def _biased(dims: Mapping[str, int]) -> int:
-    """Bytes of the keys' bias, which tells those that are none."""
-    return 4 * dims["B"] * _padded(dims) if dims.get("mask") or _padded(dims) != dims["M"] else 0
+    """Bytes of the keys' bias, which tells those that a mask leaves out."""
+    return 4 * dims["B"] * _padded(dims) if dims.get("mask") else 0
 
 
 def _ready_keys(dims: Mapping[str, int], itemsize: int) -> int:
@@ -108,7 +108,7 @@ def _ready_keys(dims: Mapping[str, int], itemsize: int) -> int:
 
 def _keys(dims: Mapping[str, int], itemsize: int) -> list[Kernel]:
     given = dims["B"] * dims["M"] * dims["D"]
-    copied = bool(_biased(dims)) or _columns(dims["D"]) != dims["D"]
+    copied = bool(_biased(dims)) or _padded(dims) != dims["M"] or _columns(dims["D"]) != dims["D"]
     work = _per_element(dims, _NORM)
     if not copied and not work:
         return []
@@ -148,7 +148,7 @@ def _attention_backward(dims: Mapping[str, int], itemsize: int) -> list[Kernel]:
     one, ready = rows * dims["D"] * itemsize, _ready_keys(dims, itemsize)
     parts = 4 * _key_chunks(dims) * keys
     work = _per_element(dims, _NORM)
-    add = Kernel("sum of partials", 2 * (parts + keys * itemsize), vector=parts // 2, launches=2)
+    add = Kernel("sum of partials", 2 * (parts + keys * itemsize), vector=parts // 2)
     found = [
         *([Kernel("queries", 2 * one + _tables(dims), vector=work * one // itemsize)] if work else []),
         *_keys(dims, itemsize),

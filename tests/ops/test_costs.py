@@ -164,14 +164,13 @@ def test_self_attention_by_hand() -> None:
     assert found["query gradient"].products + found["key gradient"].products == 3.5 * attention.products
     # 16 samples of 8 tiles of keys: three splits each fill 132 processors twice.
     assert found["key gradient"].bytes == 2 * one + 2 * keys + 8 * rows + 2 * 3 * 4 * keys // 2
-    assert found["sum of partials"].launches == 2
 
 
 def test_cross_attention_pads_its_keys() -> None:
     dims = {"B": 4, "N": 4096, "H": 8, "D": 64, "M": 333}
     ready, attention = token_costs.kernels("attention", dims, 2, "fwd")
     given, padded = 4 * 333 * 64 * 2, 4 * 384 * 64 * 2
-    assert ready.bytes == 2 * given + 2 * padded + 4 * 4 * 384
+    assert ready.bytes == 2 * given + 2 * padded
     assert attention.products == 4 * (4 * 4096 * 8) * 333 * 64, "what pads is no work that has to be done"
     plain = {**dims, "M": 384, "norm": 0}
     names = [kernel.name for kernel in token_costs.kernels("attention", plain, 2, "fwd")]
