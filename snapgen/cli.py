@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from snapgen.export.options import DEFAULTS, Options
+from snapgen.export.options import COREAI_DEFAULTS, DEFAULTS, CoreAIOptions, Options
 from snapgen.train import TrainConfig
 
 console = Console()
@@ -248,6 +248,24 @@ def export_verify(
     main_verify(folder, out=out, units=units, repeats=repeats, timeout=timeout)
 
 
+def export_coreai(
+    checkpoint: Positional[str] = "tiny",
+    *,
+    out: Annotated[Path, arg(aliases=["-o"])] = Path("out/coreai"),
+    options: OmitArgPrefixes[CoreAIOptions] = COREAI_DEFAULTS,
+) -> None:
+    """Core AI assets (iOS 27) of a checkpoint, checked against PyTorch before anything is kept.
+
+    Args:
+        checkpoint: A folder, or the name of a shipped one.
+        out: Folder for the .aimodel assets.
+        options: What to export, and how far to check it.
+    """
+    from snapgen.export.coreai import main_coreai
+
+    main_coreai(checkpoint, out, options)
+
+
 def demo(*, out: Annotated[Path, arg(aliases=["-o"])] = Path("out"), per_skill: int = 25) -> None:
     """Draw, score, time, export, and write it all to one report.html.
 
@@ -272,6 +290,7 @@ COMMANDS: dict[str, Any] = {
 EXPORTS: dict[str, Any] = {
     "coreml": export_coreml,
     "verify": export_verify,
+    "coreai": export_coreai,
 }
 EXPORTS_ABOUT = "Export a checkpoint for phones, and look into what was exported."
 

@@ -84,3 +84,46 @@ class Options:
 
 
 DEFAULTS = Options()
+
+DTYPES = ("float16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreAIOptions:
+    """What to export through Core AI, and for what.
+
+    Raises:
+        ValueError: a value is none of those allowed; names it.
+    """
+
+    parts: tuple[str, ...] = ()
+    """Any of denoiser, decoder, text_encoder; by default all that the pipeline has."""
+
+    batch: Literal[1, 2] = 2
+    """Of the denoiser: 2 takes both halves of classifier-free guidance in one call, 1 takes them in two."""
+
+    steps: int | None = None
+    """Fix the number of Euler steps: the denoiser then takes their time embeddings, from Schedule.json, not times."""
+
+    query_chunk: int | None = None
+    """Attend with this many queries at a time, so that scores of large pictures fit the engine's memory."""
+
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of weights, inputs, outputs and all between; the Neural Engine takes float16 alone."""
+
+    check_seconds: float = 600.0
+    """How long the check of one part may take. 0 checks nothing and keeps the assets as they are."""
+
+    def __post_init__(self) -> None:
+        self.of_parts()
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: got {self.dtype!r}; allowed are {', '.join(DTYPES)}")
+        if not 0 <= self.check_seconds < float("inf"):
+            raise ValueError(f"check_seconds: got {self.check_seconds}; must be finite and not negative")
+
+    def of_parts(self) -> Options:
+        """The options that decide the form of the parts, whatever they are exported through."""
+        return Options(parts=self.parts, batch=self.batch, steps=self.steps, query_chunk=self.query_chunk)
+
+
+COREAI_DEFAULTS = CoreAIOptions()
