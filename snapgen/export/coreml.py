@@ -13,6 +13,8 @@ import torch
 
 from snapgen import io
 from snapgen.export import inspect, parity
+from snapgen.export.compress import compress
+from snapgen.export.compress import summary as compression_summary
 from snapgen.export.convert import convert
 from snapgen.export.interpreter import Chain, Program
 from snapgen.export.options import DEFAULTS, PARTS, Options
@@ -40,11 +42,13 @@ def export_pipeline(
 
     Returns:
         `target`, `batch`, `versions` (of torch and coremltools) and `parts`: for each, `psnr`, `floor` (dB), `seconds`,
-        and `packages`, the list of what `inspect.describe` finds in each.
+        `packages`, the list of what `inspect.describe` finds in each, and `compression` where it is compressed, as
+        `snapgen.export.compress.compress` returns it.
 
     Raises:
         ValueError: an argument is none of those allowed.
-        ExportError: coremltools is missing, or a part has layers that are not exported.
+        ExportError: coremltools is missing, a part has layers that are not exported, or its weights do not fit into the
+            budget of `options.compress`.
         ParityError: a part is below its floor.
     """
     names = options.parts or tuple(name for name in PARTS if name != "text_encoder" or pipe.config.joint_text)
@@ -52,6 +56,14 @@ def export_pipeline(
         raise ExportError(
             "text_encoder: only one that was trained with the denoiser is exported; leave it out of `parts` for "
             "pipelines with CLIP-L, CLIP-G or Gemma-2"
+        )
+    if any(name not in names for name in options.compress_parts):
+        raise ExportError(
+            f"compress_parts: got {', '.join(options.compress_parts)}; of them only {', '.join(names)} can be exported"
+        )
+    if options.compress is not None and not any(options.compression(name) for name in names):
+        raise ExportError(
+            f"compress: {options.compress} leaves {', '.join(names)} in fp16 by default; name it in compress_parts"
         )
     ct = coremltools()
     out_dir = Path(out_dir)
@@ -75,9 +87,17 @@ def export_pipeline(
             for part in build_parts(pipe, name, options, tokens):
                 packages.append(Path(staging) / part.file)
                 convert(part, packages[-1], options.target)
+            compression = options.compression(name)
+            report["parts"][name] = {}
+            if compression is not None:
+                tell(f"compressing the {name.replace('_', ' ')}", (2 * index + 1) / steps)
+                found = compress(name, packages, compression, options.target, pipe, tokens)
+                report["parts"][name]["compression"] = found
+                if found["weight_bytes"] == found["fp16_bytes"]:
+                    compression = None  # nothing was: fp16 has its own floor
             tell(f"checking the {name.replace('_', ' ')}", (2 * index + 1.5) / steps)
-            figure = parity.check(name, Chain([Program(package) for package in packages]), pipe, cases)
-            report["parts"][name] = {"psnr": figure, "floor": parity.FLOORS[name]}
+            figure = parity.check(name, Chain([Program(package) for package in packages]), pipe, cases, compression)
+            report["parts"][name] |= {"psnr": figure, "floor": parity.floor(name, compression)}
             report["parts"][name]["seconds"] = time.perf_counter() - start
             report["parts"][name]["packages"] = [package.name for package in packages]
         tell("writing the packages", 1 - 0.5 / steps)
@@ -130,8 +150,10 @@ def main_coreml(checkpoint: str, out: Path, options: Options = DEFAULTS, console
 
         report = export_pipeline(pipe, out, options, progress=tell)
     inspect.report(descriptions(report), console)
-    figures = {name: entry["psnr"] for name, entry in report["parts"].items()}
-    console.print(f"against PyTorch in fp32: {parity.summary(figures)}", highlight=False)
+    for name, entry in report["parts"].items():
+        if "compression" in entry:
+            console.print(f"compressed: {compression_summary(name, entry['compression'])}", highlight=False)
+    console.print(f"against PyTorch in fp32: {parity.summary(report['parts'])}", highlight=False)
     return report
 
 

@@ -20,11 +20,19 @@ from torch import Tensor, nn
 
 from snapgen import flow
 from snapgen.export.interpreter import Chain
+from snapgen.export.options import Compression
 from snapgen.export.tools import ParityError
 from snapgen.text import TextEmbedding
 from snapgen_kernels import use
 
 FLOORS = {"denoiser": 45.0, "decoder": 55.0, "text_encoder": 45.0}  # dB, for fp16 packages
+COMPRESSED_FLOORS = {
+    "palette-8": {"denoiser": 1.0, "decoder": 1.0, "text_encoder": 1.0},
+    "int8": {"denoiser": 1.0, "decoder": 1.0, "text_encoder": 1.0},
+    "palette-6": {"denoiser": 1.0, "decoder": 1.0, "text_encoder": 1.0},
+    "palette-4": {"denoiser": 1.0, "decoder": 1.0, "text_encoder": 1.0},
+    "mixed": {"denoiser": 1.0, "decoder": 1.0, "text_encoder": 1.0},
+}
 TIMES = (1.0, 20 / 28, 10 / 28, 1 / 28)  # of the cases: steps of a 28-step run; 1000 t is not exact in fp16
 
 
@@ -82,24 +90,36 @@ def plain(module: nn.Module) -> nn.Module:
     return nn.Module.to(copy.deepcopy(module), "cpu", torch.float32).eval()
 
 
+def floor(name: str, compression: Compression | None = None) -> float:
+    """The least PSNR, in dB, at which a part is kept."""
+    return FLOORS[name] if compression is None else COMPRESSED_FLOORS[compression.form or "mixed"][name]
+
+
 @torch.no_grad()
-def check(name: str, program: Chain, pipe: Any, cases: Cases) -> float:
+def check(name: str, program: Chain, pipe: Any, cases: Cases, compression: Compression | None = None) -> float:
     """Worst PSNR of a part over the cases.
 
     Args:
         name: "denoiser", "decoder" or "text_encoder".
         program: the part's packages.
+        compression: of its weights, which decides its floor; None for fp16.
 
     Raises:
-        ParityError: it is below the part's floor in `FLOORS`.
+        ParityError: it is below the part's floor (`floor`).
     """
+    lowest = floor(name, compression)
     with use("reference"):
         figures = _COMPARISONS[name](program, pipe, cases)
     worst = min(figures, key=lambda case: figures[case])
-    if figures[worst] < FLOORS[name]:
+    if figures[worst] < lowest:
+        why = (
+            "Its weights or activations may leave the range of fp16"
+            if compression is None
+            else f"{compression.text} is too coarse for this model: take more bits or a larger budget"
+        )
         raise ParityError(
             f"{name}: the exported program is {figures[worst]:.1f} dB from the model at {worst}; the floor is "
-            f"{FLOORS[name]:.0f} dB. Its weights or activations may leave the range of fp16. Nothing was written"
+            f"{lowest:.0f} dB. {why}. Nothing was written"
         )
     return figures[worst]
 
@@ -171,6 +191,6 @@ def _joined(first: TextEmbedding, second: TextEmbedding) -> TextEmbedding:
     return TextEmbedding(torch.cat((first.context, second.context)), torch.cat((first.mask, second.mask)), pooled)
 
 
-def summary(figures: Mapping[str, float]) -> str:
-    """One line: each part's PSNR and its floor."""
-    return ", ".join(f"{name} {value:.1f} dB (floor {FLOORS[name]:.0f})" for name, value in figures.items())
+def summary(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line: each part's `psnr` and `floor`, of an export's report."""
+    return ", ".join(f"{name} {part['psnr']:.1f} dB (floor {part['floor']:.0f})" for name, part in parts.items())
