@@ -1,6 +1,5 @@
 """Compressed packages: k-means and forms against coremltools' own, sizes, sensitivities against the truth, budgets."""
 
-import copy
 import itertools
 import math
 import re
@@ -53,6 +52,7 @@ def fp16(pipe, tmp_path_factory) -> dict[str, Path]:
     (part,) = build_parts(pipe, "denoiser", Options(), TOKENS)
     found = {}
     for target in ("iOS17", "iOS18"):
+        (out / target).mkdir()
         found[target] = out / target / part.file
         convert(part, found[target], target)
     return found
@@ -63,7 +63,7 @@ def package(fp16, tmp_path):
     """A copy of the fp16 package of a target, to compress."""
 
     def of(target: str, name: str = "a") -> Path:
-        return Path(shutil.copytree(fp16[target], tmp_path / name / fp16[target].name))
+        return Path(shutil.copytree(fp16[target], tmp_path / name / target / fp16[target].name))
 
     return of
 
@@ -103,7 +103,19 @@ def test_kmeans_is_near_the_best_possible(bits):
     lut = kmeans(distinct, bits)
     error = (distinct.counts * (lut[0, distinct.nearest(lut)] - distinct.values) ** 2).sum()
     best = exact_kmeans(distinct.values, distinct.counts, 1 << bits)
-    assert best * 0.999 <= error <= best * 1.25  # levels are rounded to fp16, and Lloyd's minimum is a local one
+    assert best * 0.999 <= error <= best * 1.001  # levels are rounded to fp16
+
+
+def test_a_far_value_takes_no_levels_from_the_others():
+    weights = normal(1, 4000)
+    alone = palettize(weights, 4)
+    weights[0, 7] = 60000
+    palette = palettize(weights, 4)
+    kept = np.delete(weights[0].astype(np.float64), 7)
+    near = np.delete(palette.lut[0].astype(np.float64)[palette.indices[0]], 7)
+    before = np.delete(alone.lut[0].astype(np.float64)[alone.indices[0]], 7)
+    assert palette.lut[0, palette.indices[0, 7]] == np.float16(60000)
+    assert np.square(near - kept).mean() < 1.3 * np.square(before - kept).mean()
 
 
 @pytest.mark.parametrize(("bits", "decibels"), [(2, 9.30), (3, 14.62), (4, 20.22), (6, 31.89), (8, 43.78)])
@@ -113,7 +125,7 @@ def test_normal_weights_lose_what_theory_says(bits, decibels):
     palette = palettize(weights, bits)
     exact = weights.astype(np.float64)
     noise = np.square(palette.lut[0].astype(np.float64)[palette.indices] - exact).mean()
-    assert 10 * np.log10(np.square(exact).mean() / noise) == pytest.approx(decibels, abs=0.15)
+    assert 10 * np.log10(np.square(exact).mean() / noise) == pytest.approx(decibels, abs=0.3)
 
 
 @pytest.mark.parametrize("groups", [1, 3, 96])
@@ -201,7 +213,7 @@ def operations(package: Path) -> dict:
 @pytest.mark.parametrize("target", ["iOS17", "iOS18"])
 @pytest.mark.parametrize("form", ["palette-8", "palette-4", "palette-2", "int8"])
 def test_forms_are_those_that_coremltools_writes(tmp_path, target, form):
-    """The same operations, arguments, types and order of bits; coremltools is given the table, or clusters by itself."""
+    """The same operations, arguments, types and sizes, and decoded by coremltools to what was meant."""
     weight = normal(64, 40, 1, 1)
     plain = one_convolution(tmp_path / "plain.mlpackage", target, weight)
     mine = Path(shutil.copytree(plain, tmp_path / "mine.mlpackage"))
@@ -225,9 +237,7 @@ def test_forms_are_those_that_coremltools_writes(tmp_path, target, form):
     assert operations(mine) == operations(tmp_path / "theirs.mlpackage") != {}
     assert describe(mine)["weights"] == describe(tmp_path / "theirs.mlpackage")["weights"]
 
-    # What the program makes of it is what was meant, and as coremltools decodes it.
     program = Program(mine)
-    (name,) = [name for name in program._constants if "weight" in name]
     if form == "int8":
         integers, scale = quantize(weight)
         meant = integers * scale.astype(np.float32)[:, None, None, None]
@@ -235,7 +245,7 @@ def test_forms_are_those_that_coremltools_writes(tmp_path, target, form):
         palette = palettize(weight, bits, groups)
         indices = palette.indices.reshape(groups, -1).astype(np.int64)
         meant = np.take_along_axis(palette.lut, indices, 1).reshape(weight.shape)
-    assert np.array_equal(program._constants[name].numpy(), meant.astype(np.float16))
+    assert np.array_equal(program._constants[only.name].numpy(), meant.astype(np.float16))
 
 
 def test_int8_is_off_by_half_a_step():
@@ -373,34 +383,39 @@ def test_compressed_weights_draw_nearly_the_same(package, fp16, pipe):
 # --- sensitivities ---------------------------------------------------------------------------------------------------
 
 
-def test_sensitivities_are_the_true_errors(pipe):
-    """Of each layer alone, by running the denoiser with it compressed: order and size."""
+def test_sensitivities_are_the_true_errors(pipe, monkeypatch):
+    """Of each layer alone, by running the denoiser with it compressed: order and size, a factor of 1.8 at most."""
     part, cases = sensitivity.part_and_cases("denoiser", pipe, TOKENS)
     weights = {
         rewrite.weight_key(p.detach().numpy()): p for p in part.parameters() if p.ndim == 4 and p.numel() >= 2048
     }
     differences = {key: Differences(p.detach().half().numpy(), {6: 1, 4: 1}) for key, p in weights.items()}
-    found = sensitivity.squared_errors(part, cases, differences, probes=16)
+    found = sensitivity.squared_errors(part, cases, differences, probes=8)
     assert all(not p.requires_grad and p.grad is None for p in part.parameters())
+    # Rounded to fp16, outputs hide the smallest errors.
+    monkeypatch.setattr(torch.Tensor, "half", lambda tensor: tensor)
     with torch.no_grad():
         exact = [part(*case.inputs).double() for case in cases]
         estimated, true = [], []
-        for key, parameter in list(weights.items())[::3]:
+        for key, parameter in list(weights.items())[::5]:
             before = parameter.clone()
+            rounded = before.to(torch.float16)
             for choice, bits in enumerate((6, 4)):
-                palette = palettize(before.half().numpy(), bits)
-                change = torch.from_numpy(palette.lut[0].astype(np.float32)[palette.indices]) - before.half().float()
+                palette = palettize(rounded.numpy(), bits)
+                change = torch.from_numpy(palette.lut[0].astype(np.float32)[palette.indices]) - rounded.float()
                 parameter.copy_(before + change)
                 moved = [part(*case.inputs).double() for case in cases]
                 true.append(
-                    np.mean([float((a - b).square().mean() / b.abs().max() ** 2) for a, b in zip(moved, exact)])
+                    np.mean(
+                        [float((a - b).square().mean() / b.abs().max() ** 2) for a, b in zip(moved, exact, strict=True)]
+                    )
                 )
                 estimated.append(found[key][choice])
                 parameter.copy_(before)
     estimated, true = np.log(estimated), np.log(true)
     ranks = [np.argsort(np.argsort(values)) for values in (estimated, true)]
     assert np.corrcoef(*ranks)[0, 1] > 0.95
-    # 128 samples tell an error to an eighth; what is beyond the first order comes on top.
+    # 64 samples tell an error to a fifth; what is beyond the first order comes on top.
     assert np.abs(estimated - true).max() < math.log(1.8)
     assert abs(np.mean(estimated - true)) < math.log(1.15)
 
@@ -529,19 +544,6 @@ def test_a_compressed_part_below_its_floor_leaves_nothing(pipe, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_four_bits_ruin_is_refused(pipe, tmp_path):
-    """One far weight per layer takes the palette's levels away from the others."""
-    broken = copy.deepcopy(pipe.text_encoder)
-    with torch.no_grad():
-        for parameter in broken.parameters():
-            if parameter.ndim == 2 and parameter.numel() >= rewrite.SMALLEST:
-                parameter[0, ::2] += 40 * parameter.std()
-    ruined = SnapGenPipeline(**dict(pipe.components, text_encoder=broken), joint_text=True)
-    with pytest.raises(ParityError, match="palette-4 is too coarse for this model"):
-        export_pipeline(ruined, tmp_path, Options(parts=("text_encoder",), compress="palette-4"))
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("text", "form", "budget"),
     [
@@ -590,5 +592,6 @@ def test_a_description_of_compressed_packages_fits_80_columns(package, pipe):
     found = describe(path)
     report([found], console)
     text = console.file.getvalue()
-    count, size = (sum(entry[name] for entry in found["weights"].values()) for name in ("elements", "bytes"))
-    assert f"{8 * size / count:.1f} bits" in text and "palette-4" in text and "…" not in text
+    count = sum(entry["elements"] for entry in found["weights"].values())
+    most = max(found["weights"], key=lambda kind: found["weights"][kind]["elements"]).replace("palette-", "") + "-bit"
+    assert f"{count / 1e6:.2f}M {most}" in text and "palette-4" in text and "…" not in text

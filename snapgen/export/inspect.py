@@ -171,14 +171,13 @@ def _is_compressed(weights: Mapping[str, Mapping[str, int]]) -> bool:
 
 
 def _weights_in_short(weights: Mapping[str, Mapping[str, int]]) -> str:
-    """How many, and in what: their type, or with compressed ones among them the bits that each takes on average."""
+    """How many, and what most of them are."""
     if not weights:
         return "-"
-    count, size = (sum(entry[name] for entry in weights.values()) for name in ("elements", "bytes"))
-    if _is_compressed(weights):
-        return f"{count / 1e6:.2f}M, {8 * size / count:.1f} bits"
+    count = sum(entry["elements"] for entry in weights.values())
     most = max(weights, key=lambda kind: weights[kind]["elements"])
-    return f"{count / 1e6:.2f}M {most.replace('float', 'fp')}"
+    form = most.removeprefix("palette-") + "-bit" if most.startswith("palette-") else most.replace("float", "fp")
+    return f"{count / 1e6:.2f}M {form}"
 
 
 def _feature(feature: Any) -> dict[str, Any]:
