@@ -187,28 +187,27 @@ class Differences:
     """
 
     def __init__(self, weights: Array, choices: dict[int, int]) -> None:
-        """weights as in `palettize`; choices: bits -> groups, which must be the same or 1."""
+        """weights as in `palettize`; choices: bits -> groups, which must divide the largest number of them."""
         self.groups = max(choices.values())
-        rows = weights.reshape(self.groups, -1)
-        parts = [(part.start, Distinct.of(rows[part])) for part in _chunks(self.groups)]
-        self._where = np.concatenate([part.codes + _CODES * (part.group + start) for start, part in parts])
-        whole = Distinct.of(weights.reshape(1, -1)) if min(choices.values()) < self.groups else None
-        changes = []
-        for bits, groups in choices.items():
-            if groups == self.groups:
-                levels = []
-                for _, part in parts:
-                    lut = kmeans(part, bits)
-                    levels.append(lut[part.group, part.nearest(lut)] - part.values)
-                changes.append(np.concatenate(levels))
-            elif groups == 1 and whole is not None:
-                lut = kmeans(whole, bits)
-                of_code = np.zeros(_CODES)
-                of_code[whole.codes] = lut[0, whole.nearest(lut)] - whole.values
-                changes.append(of_code[self._where % _CODES])
-            else:
-                raise ValueError(f"choices: {groups} groups beside {self.groups}; all must be the same or 1")
-        self._changes = np.stack(changes).astype(np.float32)
+        found = {
+            groups: [(part.start, Distinct.of(weights.reshape(groups, -1)[part])) for part in _chunks(groups)]
+            for groups in set(choices.values())
+        }
+        finest = found[self.groups]
+        group = np.concatenate([distinct.group + start for start, distinct in finest])
+        codes = np.concatenate([distinct.codes for _, distinct in finest])
+        self._where = codes + _CODES * group
+        self._changes = np.empty((len(choices), len(group)), np.float32)
+        for row, (bits, groups) in zip(self._changes, choices.items(), strict=True):
+            if self.groups % groups:
+                raise ValueError(f"choices: {groups} groups do not divide {self.groups}")
+            own = group // (self.groups // groups)  # ascending
+            for start, distinct in found[groups]:
+                lut = kmeans(distinct, bits)
+                of_code = np.zeros((distinct.groups, _CODES), np.float32)
+                of_code[distinct.group, distinct.codes] = lut[distinct.group, distinct.nearest(lut)] - distinct.values
+                inside = slice(*np.searchsorted(own, (start, start + distinct.groups)))
+                row[inside] = of_code[own[inside] - start, codes[inside]]
 
     def project(self, weights: Array, gradient: Array) -> NDArray[np.float64]:
         """[choices]: the sum over all weights of gradient times change; both of the weights' shape, weights in fp16."""

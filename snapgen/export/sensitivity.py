@@ -30,6 +30,7 @@ from snapgen.export.palette import Differences
 from snapgen.export.parts import Decoder, Denoiser, Part
 from snapgen.export.rewrite import weight_key
 from snapgen.export.text import TextEncoder
+from snapgen.export.tools import ExportError
 from snapgen_kernels import use
 
 PROBES = 4  # per case
@@ -50,6 +51,9 @@ def part_and_cases(name: str, pipe: Any, tokens: int) -> tuple[Part, list[Case]]
     """A part of a pipeline for small latents, and what it meets: the gate's cases (`parity.make_cases`).
 
     The denoiser sees each noisy latent with its caption and with the empty prompt, as under guidance.
+
+    Raises:
+        ExportError: it is another part than denoiser, decoder and text_encoder.
     """
     size = min(int(pipe.denoiser.config.sample_size), SIZE)
     given = parity.make_cases(pipe, tokens, size, size)
@@ -68,11 +72,13 @@ def part_and_cases(name: str, pipe: Any, tokens: int) -> tuple[Part, list[Case]]
         elif name == "decoder":
             part = Decoder(pipe.decoder, batch=1, height=size, width=size)
             cases = [Case((given.clean[index : index + 1],), (None,)) for index in rows]
-        else:
+        elif name == "text_encoder":
             part = TextEncoder(pipe.text_encoder, batch=1, tokens=tokens)
             for index, caption in enumerate(given.captions):
                 ids = pipe.tokenizer(caption, padding="max_length", max_length=tokens, return_tensors="pt").input_ids
                 cases.append(Case((ids.int(),), (given.text.mask[index : index + 1, :, None], None)))
+        else:
+            raise ExportError(f"{name}: its sensitivities cannot be measured; give it one form for all weights")
     return part, cases
 
 
