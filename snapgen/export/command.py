@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from snapgen.config import get_preset
 from snapgen.decoder import TinyDecoder
 from snapgen.export import inspect, parity
+from snapgen.export.compress import summary as compression_summary
 from snapgen.export.coreml import descriptions, export_pipeline
 from snapgen.export.options import DEFAULTS, Options
 from snapgen.export.tools import coremltools
@@ -64,8 +65,10 @@ def main_coreml(
 
         report = export_pipeline(pipe, out, options, progress=tell)
     inspect.report(descriptions(report), console)
-    figures = {name: entry["psnr"] for name, entry in report["parts"].items()}
-    console.print(f"against PyTorch in fp32: {parity.summary(figures)}", highlight=False)
+    for name, entry in report["parts"].items():
+        if "compression" in entry:
+            console.print(f"compressed: {compression_summary(name, entry['compression'])}", highlight=False)
+    console.print(f"against PyTorch in fp32: {parity.summary(report['parts'])}", highlight=False)
     return report
 
 

@@ -14,6 +14,7 @@ import torch
 
 from snapgen import flow, io
 from snapgen.export import inspect, parity
+from snapgen.export.compress import compress
 from snapgen.export.convert import LICENSE, convert
 from snapgen.export.denoiser import Denoiser, DenoiserChunk, schedule
 from snapgen.export.golden import Golden, decibels
@@ -49,11 +50,13 @@ def export_pipeline(
     Returns:
         `target`, `batch`, `versions` (of torch and coremltools) and `parts`: for each, `psnr`, `floor` (dB), `seconds`,
         `functions` (name -> `psnr`, `figures` by case, `golden`), and `packages`, the list of what `inspect.describe`
-        finds in each.
+        finds in each, and `compression` where it is
+        compressed, as `snapgen.export.compress.compress` returns it.
 
     Raises:
         ValueError: an argument is none of those allowed.
-        ExportError: coremltools is missing, or a part has layers that are not exported.
+        ExportError: coremltools is missing, a part has layers that are not exported, or its weights do not fit into the
+            budget of `options.compress`.
         ParityError: a part is below its floor.
     """
     names = options.parts or tuple(name for name in PARTS if name != "text_encoder" or pipe.config.joint_text)
@@ -61,6 +64,14 @@ def export_pipeline(
         raise ExportError(
             "text_encoder: only one that was trained with the denoiser is exported; leave it out of `parts` for "
             "pipelines with CLIP-L, CLIP-G or Gemma-2"
+        )
+    if any(name not in names for name in options.compress_parts):
+        raise ExportError(
+            f"compress_parts: got {', '.join(options.compress_parts)}; of them only {', '.join(names)} can be exported"
+        )
+    if options.compress is not None and not any(options.compression(name) for name in names):
+        raise ExportError(
+            f"compress: {options.compress} leaves {', '.join(names)} in fp16 by default; name it in compress_parts"
         )
     choices = {name: functions(pipe, name, options) for name in names}
     ct = coremltools()
@@ -86,22 +97,29 @@ def export_pipeline(
             start = time.perf_counter()
             tell(f"converting the {name.replace('_', ' ')}", (2 * index + 0.5) / steps)
             packages = _convert_part(pipe, name, choices[name], tokens, fresh)
+            entry: dict[str, Any] = {}
+            report["parts"][name] = entry
+            compression = options.compression(name)
+            if compression is not None:
+                tell(f"compressing the {name.replace('_', ' ')}", (2 * index + 1) / steps)
+                entry["compression"] = compress(name, packages, compression, options.target, pipe, tokens)
+                if entry["compression"]["weight_bytes"] == entry["compression"]["fp16_bytes"]:
+                    compression = None  # nothing was: fp16 has its own floor
             tell(f"checking the {name.replace('_', ' ')}", (2 * index + 1.5) / steps)
             checked: dict[str, dict[str, Any]] = {}
             for function, choice in choices[name].items():
                 program = Chain([Program(package, function) for package in packages])
                 measured = parity.measure(name, program, pipe, cases[latent_size(pipe, choice)])
                 figures = {case.name: figure for case, figure in measured}
+                kept = golden.keep(name, function, program.inputs, measured, 2 if len(choices[name]) == 1 else 1)
                 checked[function] = {
-                    "psnr": parity.hold(name, figures, parity.FLOORS[name]),
+                    "psnr": parity.hold(name, figures, compression),
                     "figures": figures,
-                    "golden": golden.keep(
-                        name, function, program.inputs, measured, 2 if len(choices[name]) == 1 else 1
-                    ),
+                    "golden": kept,
                 }
-            report["parts"][name] = {
-                "psnr": min(entry["psnr"] for entry in checked.values()),
-                "floor": parity.FLOORS[name],
+            entry |= {
+                "psnr": min(found["psnr"] for found in checked.values()),
+                "floor": parity.floor(name, compression),
                 "seconds": time.perf_counter() - start,
                 "functions": checked,
                 "packages": [package.name for package in packages],

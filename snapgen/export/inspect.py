@@ -29,19 +29,7 @@ def read_spec(path: str | Path) -> tuple[Any, Path]:
     Raises:
         PackageError: it is missing, truncated, not a Core ML package, or of a newer format than coremltools knows.
     """
-    path = Path(path)
-    if not path.exists():
-        raise PackageError(f"{path}: no such package")
-    manifest = path / "Manifest.json"
-    if not manifest.is_file():
-        raise PackageError(f"{path}: not a Core ML package (it holds no Manifest.json)")
-    try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))
-        root = path / "Data" / entries["itemInfoEntries"][entries["rootModelIdentifier"]]["path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise PackageError(f"{path}: its Manifest.json is truncated or not of a Core ML package") from error
-    if not root.is_file():
-        raise PackageError(f"{path}: its model file {root.relative_to(path)} is missing")
+    path, root = _root(path)
 
     model_pb2 = coremltools("proto.Model_pb2")
     from google.protobuf.message import DecodeError
@@ -60,8 +48,26 @@ def read_spec(path: str | Path) -> tuple[Any, Path]:
         raise PackageError(f"{path}: {root.name} holds no model; it is truncated")
     weights = root.parent / "weights"
     for value in _blobs(spec):
-        _blob_bytes(path, weights, value)
+        _blob(path, weights, value)
     return spec, weights
+
+
+def _root(path: str | Path) -> tuple[Path, Path]:
+    """A package, and its model file."""
+    path = Path(path)
+    if not path.exists():
+        raise PackageError(f"{path}: no such package")
+    manifest = path / "Manifest.json"
+    if not manifest.is_file():
+        raise PackageError(f"{path}: not a Core ML package (it holds no Manifest.json)")
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+        root = path / "Data" / entries["itemInfoEntries"][entries["rootModelIdentifier"]]["path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise PackageError(f"{path}: its Manifest.json is truncated or not of a Core ML package") from error
+    if not root.is_file():
+        raise PackageError(f"{path}: its model file {root.relative_to(path)} is missing")
+    return path, root
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -74,6 +80,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     convolutions, matrix products and attention, None where shapes are open or there is no program; `file_bytes` of the
     whole package; `metadata`; `function`, the name of the default function, whose inputs, outputs, operations and flops
     those are; `functions`: name -> these four, of each function.
+
+    Compressed weights count as what they stand for: `elements` are those of the tensor that is made, `bytes` all that
+    it is made of (indices and tables, numbers, scales and offsets), and the key in `weights` is the form: "palette-4"
+    for indices of 4 bits, "int8" and the like for scaled numbers.
 
     Raises:
         PackageError: see `read_spec`.
@@ -125,18 +135,34 @@ def report(descriptions: Iterable[Mapping[str, Any]], console: Console | None = 
     for name in ("from", "MB", "weights", "ops", "GFLOP", "PSNR"):
         figures.add_column(name, justify="right", no_wrap=True)
     for found in descriptions:
-        count = sum(entry["elements"] for entry in found["weights"].values())
-        kinds = sorted(found["weights"], key=lambda kind: -found["weights"][kind]["elements"])
         figures.add_row(
             Path(found["path"]).name,
             found["system"],
             f"{found['file_bytes'] / 1e6:.2f}",
-            f"{count / 1e6:.2f}M {kinds[0].replace('float', 'fp')}" if kinds else "-",
+            _weights_in_short(found["weights"]),
             str(sum(found["operations"].values())),
             "-" if found["flops"] is None else f"{found['flops'] / 1e9:.3f}",
             f"{found['psnr']:.1f} dB" if "psnr" in found else "-",
         )
     console.print(figures)
+    compressed = [found for found in descriptions if _is_compressed(found["weights"])]
+    if compressed:
+        forms = Table(title="How their weights are stored", title_justify="left")
+        for name in ("package", "as"):
+            forms.add_column(name, no_wrap=True)
+        for name in ("tensors", "weights", "MB", "bits each"):
+            forms.add_column(name, justify="right", no_wrap=True)
+        for found in compressed:
+            for kind, entry in sorted(found["weights"].items(), key=lambda item: -item[1]["bytes"]):
+                forms.add_row(
+                    Path(found["path"]).name,
+                    kind.replace("float", "fp"),
+                    str(entry["count"]),
+                    f"{entry['elements'] / 1e6:.2f}M",
+                    f"{entry['bytes'] / 1e6:.2f}",
+                    f"{8 * entry['bytes'] / entry['elements']:.2f}" if entry["elements"] else "-",
+                )
+        console.print(forms)
     for found in descriptions:
         for name, function in found["functions"].items():
             title = Path(found["path"]).name
@@ -174,6 +200,20 @@ def _function(spec: Any, name: str) -> dict[str, Any]:
     }
 
 
+def _is_compressed(weights: Mapping[str, Mapping[str, int]]) -> bool:
+    return any(not kind.startswith("float") and entry["elements"] > 0 for kind, entry in weights.items())
+
+
+def _weights_in_short(weights: Mapping[str, Mapping[str, int]]) -> str:
+    """How many, and what most of them are."""
+    if not weights:
+        return "-"
+    count = sum(entry["elements"] for entry in weights.values())
+    most = max(weights, key=lambda kind: weights[kind]["elements"])
+    form = most.removeprefix("palette-") + "-bit" if most.startswith("palette-") else most.replace("float", "fp")
+    return f"{count / 1e6:.2f}M {form}"
+
+
 def _feature(feature: Any) -> dict[str, Any]:
     kind = feature.type.WhichOneof("Type")
     shape: list[int] = []
@@ -208,12 +248,16 @@ def _blobs(spec: Any) -> Iterator[Any]:
     if spec.WhichOneof("Type") != "mlProgram":
         return
     for op in _operations(spec):
-        values = [*op.attributes.values(), *(b.value for i in op.inputs.values() for b in i.arguments)]
-        yield from (value for value in values if value.WhichOneof("value") == "blobFileValue")
+        yield from (value for value in _values(op) if value.WhichOneof("value") == "blobFileValue")
 
 
-def _blob_bytes(path: Path, weights: Path, value: Any) -> int:
-    """Size of a value in its weight file, whose head and length are checked."""
+def _values(op: Any) -> list[Any]:
+    """The values that are written into an operation, or for which it names a place in a weight file."""
+    return [*op.attributes.values(), *(b.value for i in op.inputs.values() for b in i.arguments)]
+
+
+def _blob(path: Path, weights: Path, value: Any) -> tuple[Path, int, int]:
+    """The weight file of a value, where its bytes start in it, and how many they are; head and length are checked."""
     file = weights / value.blobFileValue.fileName.rsplit("/", 1)[-1]
     if not file.is_file():
         raise PackageError(f"{path}: its weight file {file.name} is missing")
@@ -224,25 +268,62 @@ def _blob_bytes(path: Path, weights: Path, value: Any) -> int:
     if len(head) == _BLOB.size:
         mark, _, length, start = _BLOB.unpack(head)
         if mark == _BLOB_MARK and start + length <= size:
-            return length
+            return file, start, length
     raise PackageError(f"{path}: its weight file {file.name} is truncated or damaged ({size} bytes)")
 
 
 def _weights(path: Path, spec: Any, folder: Path) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
-    seen = set()
+    seen: set[tuple[str, int]] = set()
     names = coremltools("proto.MIL_pb2").DataType
-    for value in _blobs(spec):
-        place = (value.blobFileValue.fileName, value.blobFileValue.offset)
-        if place in seen:  # shared between functions
-            continue
-        seen.add(place)
-        kind = names.Name(value.type.tensorType.dataType).lower()
-        entry = found.setdefault(kind, {"count": 0, "elements": 0, "bytes": 0})
-        entry["count"] += 1
-        entry["elements"] += math.prod(_shape(value.type))
-        entry["bytes"] += _blob_bytes(path, folder, value)
+    for op in _operations(spec):
+        stored = [value for value in _values(op) if value.WhichOneof("value") == "blobFileValue"]
+        new = [value for value in stored if _place(value) not in seen]  # others are shared between functions
+        seen.update(map(_place, new))
+        if op.type.startswith("constexpr_"):
+            sizes = [(_compressed(op, names), math.prod(_shape(op.outputs[0].type)), _stored_bytes(op, path, folder))]
+            sizes = sizes if new else []
+        else:
+            kinds = [names.Name(value.type.tensorType.dataType).lower() for value in new]
+            sizes = [(k, math.prod(_shape(v.type)), _blob(path, folder, v)[2]) for k, v in zip(kinds, new, strict=True)]
+        for kind, elements, size in sizes:
+            entry = found.setdefault(kind, {"count": 0, "elements": 0, "bytes": 0})
+            entry["count"] += 1
+            entry["elements"] += elements
+            entry["bytes"] += size
     return found
+
+
+def _place(value: Any) -> tuple[str, int]:
+    return value.blobFileValue.fileName, value.blobFileValue.offset
+
+
+def _compressed(op: Any, names: Any) -> str:
+    """How an operation's result is stored: "palette-4" with 16 entries per table, else the type of its numbers."""
+    given = _named_values(op)
+    if "lut" in given:
+        entries = _shape(given["lut"].type)[-1 if "lut" in op.attributes else -2]
+        return f"palette-{entries.bit_length() - 1}"
+    data = next((given[name] for name in ("quantized_data", "data", "nonzero_data") if name in given), None)
+    if data is None or data.WhichOneof("value") is None:
+        return "scales"  # without data of its own it scales what another operation makes
+    return str(names.Name(data.type.tensorType.dataType).lower())
+
+
+def _stored_bytes(op: Any, path: Path, folder: Path) -> int:
+    """Of all that an operation makes its result of, in the weight file or, if it is tiny, in the program."""
+    total = 0
+    for name, value in _named_values(op).items():
+        if value.WhichOneof("value") == "blobFileValue":
+            total += _blob(path, folder, value)[2]
+        elif name != "shape" and value.immediateValue.tensor.WhichOneof("value") == "bytes":
+            total += len(value.immediateValue.tensor.bytes.values)
+    return total
+
+
+def _named_values(op: Any) -> dict[str, Any]:
+    """A constexpr operation's values: attributes up to iOS17, inputs from iOS18 on."""
+    return {**op.attributes, **{name: given.arguments[0].value for name, given in op.inputs.items()}}
 
 
 def _shape(value_type: Any) -> list[int]:
@@ -284,6 +365,12 @@ def _summed(equation: str, x: list[int], y: list[int]) -> int:
 
 def _immediate(op: Any, name: str, constants: Mapping[str, Any]) -> Any:
     """The value of a scalar argument, which is written in place or as a constant's name; None where it is neither."""
+    values = _immediates(op, name, constants)
+    return None if values is None else values[0]
+
+
+def _immediates(op: Any, name: str, constants: Mapping[str, Any]) -> Any:
+    """As `_immediate`, of an argument that is a tensor: all its values."""
     if name not in op.inputs:
         return None
     binding = op.inputs[name].arguments[0]
@@ -291,4 +378,4 @@ def _immediate(op: Any, name: str, constants: Mapping[str, Any]) -> Any:
     if value is None:
         return None
     tensor = value.immediateValue.tensor
-    return getattr(tensor, tensor.WhichOneof("value")).values[0]
+    return getattr(tensor, tensor.WhichOneof("value")).values

@@ -10,6 +10,43 @@ PARTS = ("denoiser", "decoder", "text_encoder")
 TARGETS = ("iOS17", "iOS18")
 
 
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How weights are stored; see `snapgen.export.compress`."""
+
+    text: str
+    form: str | None  # of every weight that is compressed: "palette-8", -6, -4 or "int8"; None: chosen for each
+    budget: int | None = None  # bytes of a part's weight files, where forms are chosen
+
+    @classmethod
+    def parse(cls, text: str) -> Compression:
+        """From "palette-8", "palette-6", "palette-4", "int8", or "mixed:" and a size such as 150MB or 1.5GiB.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        if text in ("palette-8", "palette-6", "palette-4", "int8"):
+            return cls(text, text)
+        size = re.fullmatch(r"mixed:(\d+(?:\.\d+)?)([KMG]i?B)", text, re.IGNORECASE)
+        if size is None or float(size[1]) == 0:
+            raise ValueError(
+                f"compress: got {text!r}; allowed are palette-8, palette-6, palette-4, int8, and mixed:SIZE with a "
+                "size such as 150MB (10^6 bytes) or 150MiB (2^20)"
+            )
+        return cls(text, None, int(float(size[1]) * _UNITS[size[2].upper()]))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is compressed where nothing else is asked for.
+
+        Not the decoder: it is 1.4M weights of 380M, and every pixel shows its errors. A budget is the denoiser's alone.
+        """
+        return ("denoiser",) if self.budget is not None else ("denoiser", "text_encoder")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What to export, and for what.
@@ -51,12 +88,24 @@ class Options:
     chunks: bool = False
     """Cut the denoiser into two packages, for phones that cannot load it whole."""
 
+    compress: str | None = None
+    """Store weights as palette-8, palette-6, palette-4, int8, or mixed:SIZE (mixed:150MB): bits chosen to fit."""
+
+    compress_parts: tuple[str, ...] = ()
+    """Parts to compress; by default denoiser and text_encoder, with mixed:SIZE the denoiser alone."""
+
     def __post_init__(self) -> None:
-        for name in self.parts:
-            if name not in PARTS:
-                raise ValueError(f"parts: unknown part {name!r}; choose from {', '.join(PARTS)}")
-        if len(set(self.parts)) != len(self.parts):
-            raise ValueError(f"parts: {', '.join(self.parts)} names one twice")
+        for field in ("parts", "compress_parts"):
+            names = getattr(self, field)
+            for name in names:
+                if name not in PARTS:
+                    raise ValueError(f"{field}: unknown part {name!r}; choose from {', '.join(PARTS)}")
+            if len(set(names)) != len(names):
+                raise ValueError(f"{field}: {', '.join(names)} names one twice")
+        if self.compress is not None:
+            Compression.parse(self.compress)
+        elif self.compress_parts:
+            raise ValueError(f"compress_parts: got {', '.join(self.compress_parts)}, but no compress to say how")
         if self.target not in TARGETS:
             raise ValueError(f"target: got {self.target!r}; allowed are {', '.join(TARGETS)}")
         if self.batch not in (1, 2):
@@ -81,6 +130,13 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}; must be at least 1")
+
+    def compression(self, part: str) -> Compression | None:
+        """How a part is compressed; None where it is not."""
+        if self.compress is None:
+            return None
+        found = Compression.parse(self.compress)
+        return found if part in (self.compress_parts or found.parts) else None
 
 
 DEFAULTS = Options()
