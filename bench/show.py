@@ -15,6 +15,7 @@ from bench.models import ModelCase
 from bench.results import OURS, Row, compare
 from bench.runner import Plan
 from snapgen_kernels import costs as gpu
+from snapgen_kernels import token_costs as tokens
 from snapgen_kernels.testing import Case
 
 
@@ -61,17 +62,20 @@ def plan(console: Console, chosen: Plan, rates: Limits) -> None:
 
 
 def kernels(console: Console, chosen: Sequence[Case | ModelCase], rates: Limits) -> None:
-    """What each GPU kernel of the cases moves and computes, by plan, and the sum of the kernels' floors beside the
-    op's own."""
-    known = [case for case in chosen if not isinstance(case, ModelCase) and case.op in gpu.OPS]
+    """What each GPU kernel of the cases moves and computes, and the sum of the kernels' floors beside the op's own;
+    where an op may follow several plans, by plan."""
+    known = [case for case in chosen if not isinstance(case, ModelCase) and case.op in (*gpu.OPS, *tokens.OPS)]
     if known:
         console.print(
-            "GPU kernels by arithmetic (snapgen_kernels/costs.py), by plan: split (each kernel on the whole batch), "
-            "blocked (a few samples at a time), fused; special: results of tanh, exponential and reciprocal",
+            "GPU kernels by arithmetic (snapgen_kernels/costs.py, token_costs.py), by plan: split (each kernel on the "
+            "whole batch), blocked (a few samples at a time), fused; special: results of tanh, exponential and "
+            "reciprocal",
             soft_wrap=True,
         )
     for case in known:
         console.print(_kernels(case, rates))
+        if case.op not in gpu.OPS:
+            continue
         rate, size = rates.of_kernels(case.dtype), case.dtype.itemsize
         for number, best in enumerate(gpu.plans(case.op, case.dims, size, rate), 1):
             console.print(
@@ -81,6 +85,18 @@ def kernels(console: Console, chosen: Sequence[Case | ModelCase], rates: Limits)
             )
 
 
+def _by_plan(case: Case, mode: str, rate: gpu.Rates) -> dict[str, list[gpu.Kernel]]:
+    """The kernels of a mode under each plan that differs; transformer ops have one plan, without a name."""
+    if case.op in tokens.OPS:
+        return {"": tokens.kernels(case.op, case.dims, case.dtype.itemsize, mode)}
+    found: dict[str, list[gpu.Kernel]] = {}
+    for form in gpu.FORMS:
+        made = gpu.kernels(case.op, case.dims, case.dtype.itemsize, mode, form, rate)
+        if made not in found.values():
+            found[form] = made
+    return found
+
+
 def _kernels(case: Case, rates: Limits) -> Table:
     title = f"{case.op} {case.name} {DTYPE_NAMES[case.dtype]}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
@@ -88,18 +104,13 @@ def _kernels(case: Case, rates: Limits) -> Table:
         table.add_column(heading, justify="left" if heading in _NAMES else "right", no_wrap=True)
     rate = rates.of_kernels(case.dtype)
     for mode in ("fwd", "bwd"):
-        seen: list[list[gpu.Kernel]] = []
-        for form in gpu.FORMS:
-            found = gpu.kernels(case.op, case.dims, case.dtype.itemsize, mode, form, rate)
-            if found in seen:
-                continue
+        for form, found in _by_plan(case, mode, rate).items():
             for k in found:
                 table.add_row(mode, form, k.name, str(k.launches), *_numbers(k.bytes, k.flops, k.special),
                               _us(k.floor(rate)))  # fmt: skip
             sums = (sum(k.bytes for k in found), sum(k.flops for k in found), sum(k.special for k in found))
             launches = str(sum(k.launches for k in found))
             table.add_row(mode, form, "all", launches, *_numbers(*sums), _us(gpu.total(found, rate)), style="bold")
-            seen.append(found)
         cost = costs(case)[mode]
         floor = _us(rates.floor_ms(cost, case.dtype) / 1e3)
         table.add_row(mode, "", "the op itself", "", *_numbers(cost.bytes, cost.flops, 0), floor, style="dim")

@@ -27,14 +27,28 @@ class Prepared:
 
     Attributes:
         call: what is timed. leaves: what gradients are asked of.
-        outputs: turns what ``call`` gave into tensors, for runtimes that have arrays of their own.
+        outputs: turns what ``call`` gave into tensors laid out as eager's, for runtimes that have arrays of their own.
+        gradients: turns the gradients of ``leaves`` into those that eager has.
         whole: the call is all there is to time: a model's forward, or a training step with its backward inside.
+        overwrites: its backward may write into the gradients that come from above.
     """
 
     call: Callable[[], object]
     leaves: tuple[Tensor, ...] = ()
     outputs: Callable[[object], tuple[Tensor, ...]] = outputs_of
+    gradients: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
     whole: bool = False
+    overwrites: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Untimed:
+    """What has to be done between two parts and is no part of what is measured."""
+
+    call: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.call()
 
 
 # A step is what one repetition does: the parts are timed one by one.
@@ -52,8 +66,10 @@ def inference_step(prepared: Prepared) -> Step:
 
 
 def training_step(prepared: Prepared) -> Step:
-    """A forward that keeps what backward needs, then the gradients of all leaves; a fresh graph each time."""
+    """A forward that keeps what backward needs, then the gradients of all leaves; a fresh graph each time. What a
+    backward overwrites is put back before it, untimed."""
     upstream = [torch.randn_like(output) for output in outputs_of(prepared.call())]
+    untouched = [gradient.clone() for gradient in upstream] if prepared.overwrites else []
     kept: list[tuple[Tensor, ...]] = []
 
     def forward() -> None:
@@ -62,11 +78,16 @@ def training_step(prepared: Prepared) -> Step:
     def backward() -> None:
         torch.autograd.grad(kept.pop(), prepared.leaves, upstream)
 
-    return [forward, backward]
+    def restore() -> None:
+        for gradient, before in zip(upstream, untouched, strict=True):
+            gradient.copy_(before)
+
+    return [forward, Untimed(restore), backward] if prepared.overwrites else [forward, backward]
 
 
 class Clock:
-    """Times the parts of a step, in ms. On CUDA the device's time, by events, each part with cold caches.
+    """Times the parts of a step, the :class:`Untimed` ones left out, in ms. On CUDA the device's time, by events, each
+    part with cold caches.
 
     A GPU works through a queue. Before each part the caches are overwritten (written, so that what is timed also pays
     for making room, as with Triton's ``do_bench``), again and again until the processor has queued the whole part by
@@ -82,17 +103,22 @@ class Clock:
     def __call__(self, step: Step) -> list[float]:
         if self.cuda:
             return self._on_device(step)
-        marks = [time.perf_counter()]
+        times = []
         for part in step:
+            begin = time.perf_counter()
             part()
-            marks.append(time.perf_counter())
-        return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+            if not isinstance(part, Untimed):
+                times.append(1e3 * (time.perf_counter() - begin))
+        return times
 
     def _on_device(self, step: Step) -> list[float]:
         ahead = False
         while not ahead:
             marks, ahead = [], True
             for part in step:
+                if isinstance(part, Untimed):
+                    part()
+                    continue
                 start, end, in_time = self._queue(part)
                 marks.append((start, end))
                 ahead = ahead and in_time
@@ -197,11 +223,12 @@ def peak_bytes(step: Step, device: str, *, twice: bool = False) -> int:
 
 def kept_bytes(step: Step) -> int:
     """What a training step's forward leaves for its backward, outputs included, through PyTorch's CUDA allocator."""
-    forward, backward = step
+    forward, *rest = step
     before = torch.cuda.memory_allocated()
     forward()
     kept = torch.cuda.memory_allocated() - before
-    backward()
+    for part in rest:
+        part()
     return kept
 
 

@@ -33,6 +33,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     low_memory: bool = False,
+    packages: Path | None = None,
 ) -> None:
     """Draw pictures from prompts.
 
@@ -47,11 +48,13 @@ def generate(
         height: Pixels; by default what the model was trained at.
         width: Pixels; by default what the model was trained at.
         low_memory: Decode in less memory, for large pictures on small machines.
+        packages: A folder of Core ML packages of this checkpoint, run by the interpreter in the networks' place.
     """
     import torch
 
     from snapgen import io
     from snapgen.pictures import save_grid
+    from snapgen.pipeline import load
 
     # Before any drawing, which a mistake here would throw away.
     if out.suffix.lower() not in PICTURES:
@@ -60,7 +63,11 @@ def generate(
         raise ValueError(f"out: {out} is a folder; name a picture file")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: got {seed}; must fit into 64 bits")
-    pipe = _load(checkpoint)
+    pipe = load(checkpoint)
+    if packages is not None:
+        from snapgen.export.runner import packaged_pipeline
+
+        pipe = packaged_pipeline(pipe, packages)
     pictures = pipe(
         list(prompt),
         num_inference_steps=steps,
@@ -155,6 +162,7 @@ def evaluate(
     per_skill: int = 50,
     seed: int = 0,
     untrained: bool = False,
+    packages: Path | None = None,
     out: Annotated[Path | None, arg(aliases=["-o"])] = None,
 ) -> None:
     """Score a checkpoint on captions of the shapes world that training never showed.
@@ -166,13 +174,21 @@ def evaluate(
         per_skill: Captions for each of the six skills.
         seed: Decides captions and noise.
         untrained: Also score the same model with fresh weights.
+        packages: Also score the Core ML packages in this folder, run by the interpreter (slow: a second a step).
         out: Also write the scores here as JSON.
     """
     from snapgen import evaluate as evaluation
     from snapgen import io
+    from snapgen.pipeline import load
 
-    pipe = _load(checkpoint)
-    contenders = {"": pipe, **({"untrained, ": evaluation.untrained(pipe, seed)} if untrained else {})}
+    pipe = load(checkpoint)
+    contenders = {"": pipe}
+    if untrained:
+        contenders["untrained, "] = evaluation.untrained(pipe, seed)
+    if packages is not None:
+        from snapgen.export.runner import packaged_pipeline
+
+        contenders["packages, "] = packaged_pipeline(pipe, packages)
     scores = {
         f"{who}{count} steps": evaluation.score_shapes(
             contender, steps=count, guidance=guidance, per_skill=per_skill, seed=seed, console=console
@@ -186,21 +202,23 @@ def evaluate(
 
 
 def export_coreml(
-    checkpoint: Positional[str] = "tiny",
+    checkpoint: Positional[str | None] = None,
     *,
+    preset: str | None = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("out/coreml"),
     options: OmitArgPrefixes[Options] = DEFAULTS,
 ) -> None:
     """Core ML packages of a checkpoint, checked against PyTorch before anything is kept.
 
     Args:
-        checkpoint: A folder, or the name of a shipped one.
+        checkpoint: A folder, or the name of a shipped one ("tiny").
+        preset: Without a checkpoint: export this preset with random weights, to see sizes and speed on a phone.
         out: Folder for the .mlpackage files.
         options: What to export, and for what.
     """
-    from snapgen.export.coreml import main_coreml
+    from snapgen.export.command import main_coreml
 
-    main_coreml(checkpoint, out, options)
+    main_coreml(checkpoint, out, options, preset)
 
 
 def export_verify(
@@ -280,18 +298,6 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-
-
-def _load(checkpoint: str) -> Any:
-    """The pipeline of a checkpoint, without the progress bars of the libraries that read it."""
-    import diffusers
-    import transformers
-
-    from snapgen.pipeline import SnapGenPipeline
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-    return SnapGenPipeline.from_pretrained(checkpoint)
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any) -> None:

@@ -299,6 +299,16 @@ class SnapGenPipeline(DiffusionPipeline):
                 )
 
 
+def load(checkpoint: str | os.PathLike) -> SnapGenPipeline:
+    """For commands: the pipeline of a checkpoint, without the progress bars of the libraries that read it."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    return SnapGenPipeline.from_pretrained(checkpoint)
+
+
 def _check_complete(module: torch.nn.Module, folder: Path) -> None:
     """Refuse weights that leave some of the module's out: the libraries fill those in at random."""
     found = {name for file in folder.glob("*.safetensors") for name in io.tensor_names(file)}

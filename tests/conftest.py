@@ -22,3 +22,11 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring what the machine can do takes the benchmark seconds; one test does it."""
+    from bench import limits
+
+    monkeypatch.setattr(limits, "measure", lambda device, dtypes, seconds: limits.assumed(device))

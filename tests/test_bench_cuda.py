@@ -3,27 +3,24 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import bench.__main__ as command
 import snapgen_kernels
 from bench import cases, goals, limits, machine, tables, timing
 from bench.providers.compiled import Compiled, release
 from bench.providers.eager import drawn
 from bench.results import Row, read
-from bench.timing import Clock, interleaved, kept_bytes
+from bench.timing import Clock, Untimed, interleaved, kept_bytes
 from snapgen_kernels import _backend, checks, costs
 from snapgen_kernels.testing import small_cases
+from tests.bench_runs import TINY, run
 
-SMALL = ("--small", "--suite", "group_norm_silu", "--case", "one-pixel", "--seconds", "0.02")
 COPY, GEMM = 4e12, {torch.float32: 50e12, torch.bfloat16: 800e12}
 
 
@@ -95,13 +92,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
         yield simulated
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    """Exit code and printed text of the benchmark, in this process."""
-    text = StringIO()
-    code = command.main(arguments, Console(file=text, width=160, highlight=False))
-    return code, text.getvalue()
-
-
 # ---- timing ----------------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +119,28 @@ def test_every_part_starts_with_cold_caches(gpu: SimulatedGpu) -> None:
     clock = Clock("cuda")
     clock([lambda: fills.append(gpu.fills), lambda: fills.append(gpu.fills)])
     assert fills == [1, 2]
+
+
+def test_what_is_done_between_parts_is_not_timed(gpu: SimulatedGpu) -> None:
+    """It is done before each repetition of the part after it, and before the caches are cold."""
+    order: list[str] = []
+    fills: list[int] = []
+
+    def restore() -> None:
+        order.append("restore")
+        fills.append(gpu.fills)
+        gpu.launch(2e-6)
+
+    def backward() -> None:
+        order.append("backward")
+        fills.append(gpu.fills)
+        for _ in range(9):
+            gpu.launch(5e-6, 40e-6)
+
+    clock = Clock("cuda")
+    assert clock([lambda: gpu.launch(3e-6), Untimed(restore), backward]) == pytest.approx([3e-3, 45e-3])
+    assert len(order) > 2 and order == ["restore", "backward"] * (len(order) // 2)
+    assert all(before < after for before, after in zip(fills[::2], fills[1::2], strict=True))
 
 
 def test_a_part_that_the_processor_cannot_keep_up_with_is_timed_all_the_same(gpu: SimulatedGpu) -> None:
@@ -166,7 +178,10 @@ def test_limits_of_a_gpu_are_those_of_the_device(gpu: SimulatedGpu) -> None:
 def test_what_the_forward_leaves_is_what_is_there_before_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     held = [100]
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[0])
-    assert kept_bytes([lambda: held.__setitem__(0, 175), lambda: held.__setitem__(0, 90)]) == 75
+    forward, backward = lambda: held.__setitem__(0, 175), lambda: held.__setitem__(0, 90)
+    assert kept_bytes([forward, backward]) == 75
+    held[0] = 100
+    assert kept_bytes([forward, Untimed(lambda: None), backward]) == 75 and held == [90]
 
 
 def test_poisoned_memory_does_not_refuse_what_cublas_does() -> None:
@@ -190,7 +205,7 @@ def test_a_whole_run_on_a_simulated_gpu(gpu: SimulatedGpu, tmp_path: Path, monke
     monkeypatch.setattr(Event, "elapsed_time", lambda start, end: 1.0)  # what is computed is computed by the CPU
     out, picture = tmp_path / "rows.csv", tmp_path / "run.png"
     files = ("--out", str(out), "--plot", str(picture))
-    code, text = run("--device", "cuda", *SMALL, "--providers", "fused,eager,eager-nchw", *files)
+    code, text = run("--device", "cuda", *TINY, "--providers", "fused,eager,eager-nchw", *files)
     assert code == 0, text
     assert picture.stat().st_size > 1000
     rows = read(out)
@@ -218,7 +233,7 @@ def test_configs_are_tuned_before_anything_is_timed(
     monkeypatch.setattr(snapgen_kernels, "warmup", lambda shapes, **how: calls.append((shapes, how)))
     monkeypatch.setattr(Event, "elapsed_time", lambda start, end: 1.0)
     code, text = run(
-        "--device", "cuda", *SMALL, "--dtype", "bf16,fp32", "--mode", "fwd", "--providers", "eager", "--tune"
+        "--device", "cuda", *TINY, "--dtype", "bf16,fp32", "--mode", "fwd", "--providers", "eager", "--tune"
     )
     assert code == 0, text
     shapes = {"group_norm_silu": [next(c for c in small_cases("group_norm_silu") if c.name == "one-pixel").dims]}
@@ -228,7 +243,7 @@ def test_configs_are_tuned_before_anything_is_timed(
         (shapes, {**how, "dtypes": (torch.float32,)}),
         ("measure", "cuda"),
     ]
-    code, text = run(*SMALL, "--tune")
+    code, text = run(*TINY, "--tune")
     assert code == 2 and "--tune: only the kernels of --device cuda" in text
 
 

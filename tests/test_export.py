@@ -24,12 +24,14 @@ import snapgen_kernels
 from snapgen.data import shapes
 from snapgen.decoder import TinyDecoder, TinyEncoder
 from snapgen.export import coreml, modules, parity
+from snapgen.export.command import main_coreml
 from snapgen.export.convert import convert
-from snapgen.export.coreml import export_pipeline, main_coreml
+from snapgen.export.coreml import export_pipeline
+from snapgen.export.denoiser import Denoiser
 from snapgen.export.inspect import describe, report
 from snapgen.export.interpreter import Program
 from snapgen.export.options import Options
-from snapgen.export.parts import Decoder, Denoiser, Feature, Part
+from snapgen.export.parts import Decoder, Feature, Part
 from snapgen.export.text import TextEncoder
 from snapgen.export.tools import ExportError, PackageError, ParityError, coremltools
 from snapgen.pipeline import SnapGenPipeline

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +10,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.models import ModelCase
-from bench.providers import Unusable
+from bench.providers.choice import fastest
 from bench.providers.eager import drawn, leaves
-from bench.timing import Clock, Prepared, inference_step, training_step
+from bench.timing import Prepared
 from snapgen_kernels import _backend
 from snapgen_kernels.testing import SPECS, Case, Inputs
 
 Rotary = Callable[[Inputs], tuple[Tensor, Tensor]]
+Gradients = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+WHAT = "scaled_dot_product_attention's kernels"
 
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -26,7 +26,6 @@ _BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_ROUNDS = 5  # of each candidate
 
 
 def _one_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -55,37 +54,17 @@ def compiled_rotary() -> Rotary:
     return torch.compile(SPECS["qk_norm_rope"].eager, fullgraph=True, dynamic=False)
 
 
-def fastest(
-    inputs: Inputs, asked: tuple[Tensor, ...], device: str, train: bool, rotary: Rotary
-) -> tuple[str, Prepared]:
-    """The fastest of PyTorch's kernels in the fastest of the forms, and its name.
+def kernels(
+    inputs: Inputs, asked: tuple[Tensor, ...], rotary: Rotary, gradients: Gradients = tuple
+) -> dict[str, Prepared]:
+    """Each of PyTorch's kernels in each of the forms, by name.
 
     Args:
-        inputs: of the op ``attention``. asked: what gradients are asked of.
+        inputs: of the op ``attention``. asked: what gradients are asked of. gradients: see :class:`Prepared`.
         rotary: normalises and rotates queries and keys.
-
-    Raises:
-        Unusable: none of them takes the case.
     """
-    clock, times, reasons = Clock(device), {}, []
-    candidates = dict(_candidates(inputs, asked, rotary))
-    for name, prepared in candidates.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PyTorch says at length why a kernel does not take a call
-                step = training_step(prepared) if train else inference_step(prepared)
-                clock(step)
-                times[name] = statistics.median(sum(clock(step)) for _ in range(_ROUNDS))
-        except RuntimeError as error:  # no such kernel for these inputs, or not enough memory for it
-            reasons.append(f"{name}: {str(error).strip().splitlines()[0]}")
-    if not times:
-        raise Unusable(f"none of scaled_dot_product_attention's kernels takes it: {reasons[0]}")
-    best = min(times, key=lambda name: times[name])
-    return best, candidates[best]
-
-
-def _candidates(inputs: Inputs, asked: tuple[Tensor, ...], rotary: Rotary) -> Iterator[tuple[str, Prepared]]:
     mask = None if inputs["key_mask"] is None else inputs["key_mask"][:, None, None, :]
+    found: dict[str, Prepared] = {}
     for kernel, backend in _BACKENDS.items():
         for form, attend in _FORMS.items():
 
@@ -94,7 +73,8 @@ def _candidates(inputs: Inputs, asked: tuple[Tensor, ...], rotary: Rotary) -> It
                 with sdpa_kernel(backend):
                     return attend(q, k, inputs["v"], mask, inputs["scale"])
 
-            yield f"{kernel}-{form}", Prepared(call, asked)
+            found[f"{kernel}-{form}"] = Prepared(call, asked, gradients=gradients)
+    return found
 
 
 class Sdpa:
@@ -116,6 +96,7 @@ class Sdpa:
     def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
         assert isinstance(case, Case)
         inputs = drawn(case, device, train)
-        found, prepared = fastest(inputs, leaves(case, inputs), device, train, compiled_rotary())
+        candidates = kernels(inputs, leaves(case, inputs), compiled_rotary())
+        found, prepared = fastest(candidates, case, device, train, WHAT)
         self.version = f"{torch.__version__} {found}"
         return prepared

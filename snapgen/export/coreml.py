@@ -15,17 +15,19 @@ import torch
 from snapgen import flow, io
 from snapgen.export import inspect, parity
 from snapgen.export.convert import LICENSE, convert
+from snapgen.export.denoiser import Denoiser, DenoiserChunk, schedule
 from snapgen.export.golden import Golden, decibels
 from snapgen.export.golden import write as write_golden
 from snapgen.export.interpreter import Chain, Program
 from snapgen.export.multifunction import functions, join, latent_size
 from snapgen.export.options import DEFAULTS, PARTS, Options
-from snapgen.export.parts import Decoder, Denoiser, Part
+from snapgen.export.parts import Decoder, Part
 from snapgen.export.text import TextEncoder
 from snapgen.export.tools import ExportError, coremltools, snapgen_version
 from snapgen.export.vocabulary import write_vocabulary
 from snapgen_kernels import use
 
+SCHEDULE = "Schedule.json"
 Progress = Callable[[str, float], None]
 
 
@@ -77,7 +79,7 @@ def export_pipeline(
         fresh = Path(staging) / "fresh"
         fresh.mkdir()
         tell("reading the pipeline", 0.0)
-        tokens = text_tokens(pipe)
+        tokens = options.tokens or text_tokens(pipe)
         sizes = {latent_size(pipe, choice) for of_part in choices.values() for choice in of_part.values()}
         cases = {size: parity.make_cases(pipe, tokens, *size) for size in sorted(sizes)}
         for index, name in enumerate(names):
@@ -105,6 +107,8 @@ def export_pipeline(
                 "packages": [package.name for package in packages],
             }
         tell("writing the packages", 1 - 0.5 / steps)
+        if options.steps is not None and "denoiser" in names:
+            io.write_json(fresh / SCHEDULE, schedule(pipe, options.steps))
         write_golden(fresh, golden, _record(pipe, options, report, fresh))
         io.move_into(fresh, out_dir)
     for entry in report["parts"].values():
@@ -118,7 +122,16 @@ def build_parts(pipe: Any, name: str, options: Options, tokens: int) -> list[Par
     height, width = latent_size(pipe, options)
     with use("reference"), torch.random.fork_rng(devices=[]):  # layers draw weights when they are made
         if name == "denoiser":
-            return [Denoiser(pipe.denoiser, batch=options.batch, height=height, width=width, tokens=tokens)]
+            whole = Denoiser(
+                pipe.denoiser,
+                batch=options.batch,
+                height=height,
+                width=width,
+                tokens=tokens,
+                scheduled=options.steps is not None,
+                query_chunk=options.query_chunk,
+            )
+            return [DenoiserChunk(whole, False), DenoiserChunk(whole, True)] if options.chunks else [whole]
         if name == "decoder":
             return [Decoder(pipe.decoder, batch=1, height=height, width=width)]
         return [TextEncoder(pipe.text_encoder, batch=1, tokens=tokens)]
@@ -167,40 +180,6 @@ def _record(pipe: Any, options: Options, report: dict[str, Any], folder: Path) -
     return record
 
 
-def main_coreml(checkpoint: str, out: Path, options: Options = DEFAULTS, console: Any = None) -> dict[str, Any]:
-    """`snapgen export coreml`: load a checkpoint, export it under a progress bar, and print what is in the packages.
-
-    Args:
-        checkpoint: a folder, or the name of a shipped checkpoint ("tiny").
-        out: folder for the packages.
-        options: what to export, and for what.
-        console: a rich console; by default standard output.
-
-    Returns:
-        The report of `export_pipeline`.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from snapgen.pipeline import SnapGenPipeline
-
-    coremltools()  # fail before the work if it is missing
-    console = console or Console()
-    pipe = SnapGenPipeline.from_pretrained(checkpoint)
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=1.0)
-
-        def tell(message: str, share: float) -> None:
-            bar.update(task, description=message, completed=share)
-
-        report = export_pipeline(pipe, out, options, progress=tell)
-    inspect.report(descriptions(report), console)
-    figures = {name: entry["psnr"] for name, entry in report["parts"].items()}
-    console.print(f"against PyTorch in fp32: {parity.summary(figures)}", highlight=False)
-    return report
-
-
 def descriptions(report: dict[str, Any]) -> list[dict[str, Any]]:
     """What is in each package of an export's report, with its part's PSNR, for `inspect.report`."""
     return [package | {"psnr": entry["psnr"]} for entry in report["parts"].values() for package in entry["packages"]]
@@ -210,5 +189,7 @@ def text_tokens(pipe: Any) -> int:
     """Length of the text context: all that a jointly trained encoder takes, else what the encoders pad to."""
     if pipe.config.joint_text:
         return int(pipe.tokenizer.model_max_length)
+    if not parity.has_text(pipe):
+        raise ExportError("tokens: the pipeline has no text encoder that would tell the length of the context; give it")
     with torch.no_grad(), use("reference"):
         return pipe.encode_prompt(["a"]).context.shape[1]

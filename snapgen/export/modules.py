@@ -190,14 +190,24 @@ class Attention(nn.Module):
     All heads share k and v as they are; nothing copies them. Scores stand as [B, M, 1, S], keys on the channel axis,
     where the engine's softmax is fast. The scale is folded into the norm of q (or into q's projection). RoPE turns the
     channel pairs (2i, 2i + 1); the channels of q and k are reordered on loading so that the pairs are (i, i + D/2),
-    which leaves q . k as it is and makes the rotation two slices and a concatenation.
+    which leaves q . k as it is and makes the rotation two slices and a concatenation. With `query_chunk`, a head's
+    queries go that many at a time, so that their scores stay on the engine.
     """
 
     def __init__(
-        self, dim: int, source_dim: int, num_heads: int, head_dim: int, *, qk_norm: bool, rope: bool, eps: float
+        self,
+        dim: int,
+        source_dim: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: bool,
+        rope: bool,
+        eps: float,
+        query_chunk: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.rope = num_heads, head_dim, rope
+        self.num_heads, self.head_dim, self.rope, self.query_chunk = num_heads, head_dim, rope, query_chunk
         order = pairs_apart(head_dim) if rope else torch.arange(head_dim)
         scale = head_dim**-0.5
         self.to_q = Pointwise(dim, num_heads * head_dim, bias=False)
@@ -221,11 +231,16 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         k = k.permute(0, 3, 1, 2)  # [B, M, 1, D]
+        q = q.reshape(batch, self.num_heads * self.head_dim, 1, tokens)
+        queries = min(tokens, self.query_chunk or tokens)
         heads = []
-        for head in q.reshape(batch, self.num_heads * self.head_dim, 1, tokens).split(self.head_dim, dim=1):
-            scores = torch.einsum("bkhc,bchq->bkhq", k, head)
-            weights = (scores if bias is None else scores + bias).softmax(1)
-            heads.append(torch.einsum("bchk,bkhq->bchq", v, weights))
+        for head in q.split(self.head_dim, dim=1):
+            parts = []
+            for part in head.split(queries, dim=3) if queries < tokens else (head,):
+                scores = torch.einsum("bkhc,bchq->bkhq", k, part)
+                weights = (scores if bias is None else scores + bias).softmax(1)
+                parts.append(torch.einsum("bchk,bkhq->bchq", v, weights))
+            heads.append(torch.cat(parts, dim=3) if len(parts) > 1 else parts[0])
         return self.to_out(torch.cat(heads, dim=1))
 
 

@@ -39,6 +39,9 @@ class Options:
     batches: tuple[Literal[1, 2], ...] = ()
     """1 2: the denoiser with both batches, as functions of one package, which share weights (iOS18)."""
 
+    tokens: int | None = None
+    """Length of the text context; by default what the text encoders give."""
+
     steps: int | None = None
     """Fix the number of Euler steps: the denoiser then takes their time embeddings, from Schedule.json, not times."""
 
@@ -74,7 +77,7 @@ class Options:
                 f"{'sizes' if len(self.sizes) > 1 else 'batches'}: several functions in one package need target iOS18; "
                 f"got {self.target}"
             )
-        for name in ("height", "width", "steps", "query_chunk"):
+        for name in ("height", "width", "tokens", "steps", "query_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}; must be at least 1")

@@ -1,7 +1,7 @@
 """The gate of every export: a package's numbers, run by the interpreter, against the model's own in fp32.
 
 Inputs are real: pictures of the shapes world through the pipeline's encoder (noise where it has none), noised to
-several times, with the captions through its text encoder. The figure is
+several times, with the captions through its text encoders (noise where it has none). The figure is
 
     PSNR = 10 log10(max(reference)^2 / mean((output - reference)^2))   in dB,
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from snapgen import flow
+from snapgen.export.denoiser import time_embeddings
 from snapgen.export.interpreter import Chain
 from snapgen.export.tools import ParityError
 from snapgen.text import TextEmbedding
@@ -68,9 +69,25 @@ def make_cases(pipe: Any, tokens: int, height: int, width: int) -> Cases:
             scaling = pipe.decoder.config
             encoded = plain(pipe.encoder)(pictures)[..., :height, :width]
             clean = (encoded - scaling.shift_factor) * scaling.scaling_factor
-        text, empty = pipe.encode_prompt(captions), pipe.encode_prompt([""])
+        if has_text(pipe):
+            text, empty = pipe.encode_prompt(captions), pipe.encode_prompt([""])
+        else:
+            text, empty = _random_text(config, count, tokens, generator), _random_text(config, 1, 2, generator)
     noisy = flow.interpolate(clean, noise, torch.tensor(TIMES))
     return Cases(captions, noisy, clean, _padded(empty, tokens), _padded(text, tokens))
+
+
+def has_text(pipe: Any) -> bool:
+    """Whether the pipeline has any text encoder."""
+    return any(getattr(pipe, name) is not None for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+
+
+def _random_text(config: Any, batch: int, tokens: int, generator: torch.Generator) -> TextEmbedding:
+    """Noise in place of embedded prompts; each a token shorter than the one before."""
+    context = torch.randn(batch, tokens, config.context_dim, generator=generator)
+    mask = torch.arange(tokens) < (tokens - torch.arange(batch)).clamp(min=1)[:, None]
+    pooled = None if config.pooled_dim is None else torch.randn(batch, config.pooled_dim, generator=generator)
+    return TextEmbedding(context, mask, pooled)
 
 
 def plain(module: nn.Module) -> nn.Module:
@@ -153,10 +170,13 @@ def _denoiser(borders: Borders, pipe: Any, cases: Cases) -> Iterator[Case]:
         reference = model(sample, timestep, text.context, text.mask, text.pooled, return_dict=False)[0]
         inputs = {
             "sample": sample,
-            "timestep": timestep,
             "encoder_hidden_states": text.context.transpose(1, 2)[:, :, None],
             "encoder_attention_mask": text.mask[:, None, None],
         }
+        if "time_embedding" in borders:
+            inputs["time_embedding"] = time_embeddings(model, timestep[:1])[None, None]
+        else:
+            inputs["timestep"] = timestep
         if text.pooled is not None and "pooled_projections" in borders:
             inputs["pooled_projections"] = text.pooled
         yield Case(f"t = {time:.3f}", inputs, {"velocity": reference})

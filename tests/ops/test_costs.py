@@ -1,27 +1,34 @@
 """The arithmetic of the GPU kernels: by hand at one shape, and what must hold at every shape."""
 
 import ast
+import importlib
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapgen_kernels import costs
+from snapgen_kernels import costs, token_costs
 from snapgen_kernels.costs import FORMS, H200, Half, Kernel, choose_plan, forward, kernels, samples_in_cache, total
 from snapgen_kernels.testing import Case, bench_cases
 
 BLOCK = {"B": 8, "C": 256, "M": 512, "O": 256, "H": 128, "W": 128, "G": 32}
 CASES = [case for op in costs.OPS for case in bench_cases(op) if case.dtype == torch.bfloat16]
+OF_TOKENS = [case for op in token_costs.OPS for case in bench_cases(op) if case.dtype == torch.bfloat16]
 sizes = st.integers(1, 300)
 
 
-def test_it_looks_at_no_device() -> None:
-    tree = ast.parse(Path(str(costs.__file__)).read_text(encoding="utf-8"))
+@pytest.mark.parametrize("module", [costs, token_costs], ids=["pictures", "tokens"])
+def test_it_looks_at_no_device(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported -= {"snapgen_kernels.costs"}
     assert not [name for name in imported if name.split(".")[0] in ("torch", "triton", "snapgen_kernels")]
 
 
@@ -135,3 +142,154 @@ def test_blocks_are_even_and_fit(batch: int, channels: int, side: int) -> None:
         }
     else:
         assert half.scratch <= H200.cache or half.scratch > H200.cache * batch
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_self_attention_by_hand() -> None:
+    dims = {"B": 16, "N": 1024, "H": 14, "D": 64, "M": 1024, "rope": 1}
+    one, keys, tables, rows = 16 * 1024 * 14 * 64 * 2, 16 * 1024 * 64 * 2, 2 * 1024 * 64 * 4, 16 * 1024 * 14
+    ready, attention = token_costs.kernels("attention", dims, 2, "fwd")
+    assert (ready.name, ready.bytes) == ("keys", 2 * keys + tables), (
+        "whole tiles of unmasked values stay where they are"
+    )
+    assert attention.bytes == 2 * one + 2 * keys + 4 * rows + tables
+    assert attention.products == 4 * rows * 1024 * 64 and attention.special == rows * 1024
+    assert attention.vector == 4 * rows * 1024 + 7 * one // 2, "the scores, and norm and rotation of the queries"
+    found = {kernel.name: kernel for kernel in token_costs.kernels("attention", dims, 2, "bwd")}
+    assert list(found) == ["queries", "keys", "query gradient", "key gradient", "sum of partials", "norm gradient",
+                           "sum of weights' partials"]  # fmt: skip
+    assert found["query gradient"].bytes == 4 * one + 2 * keys + 12 * rows
+    assert found["query gradient"].products + found["key gradient"].products == 3.5 * attention.products
+    # 16 samples of 8 tiles of keys: three splits each fill 132 processors twice.
+    assert found["key gradient"].bytes == 2 * one + 2 * keys + 8 * rows + 2 * 3 * 4 * keys // 2
+    assert found["sum of partials"].launches == 2
+
+
+def test_cross_attention_pads_its_keys() -> None:
+    dims = {"B": 4, "N": 4096, "H": 8, "D": 64, "M": 333}
+    ready, attention = token_costs.kernels("attention", dims, 2, "fwd")
+    given, padded = 4 * 333 * 64 * 2, 4 * 384 * 64 * 2
+    assert ready.bytes == 2 * given + 2 * padded + 4 * 4 * 384
+    assert attention.products == 4 * (4 * 4096 * 8) * 333 * 64, "what pads is no work that has to be done"
+    plain = {**dims, "M": 384, "norm": 0}
+    names = [kernel.name for kernel in token_costs.kernels("attention", plain, 2, "fwd")]
+    assert names == ["attention"], "nothing to make ready"
+    names = [kernel.name for kernel in token_costs.kernels("attention", plain, 2, "bwd")]
+    assert names == ["query gradient", "key gradient", "sum of partials"]
+
+
+def test_norm_and_gate_by_hand() -> None:
+    dims = {"B": 16, "N": 1024, "H": 14, "D": 64, "M": 1024, "rope": 1}
+    elements, tables = 16 * 1024 * 15 * 64, 2 * 1024 * 64 * 4
+    (forward_,) = token_costs.kernels("qk_norm_rope", dims, 2, "fwd")
+    assert (forward_.bytes, forward_.vector) == (4 * elements + tables, 7 * elements)
+    gradient, added = token_costs.kernels("qk_norm_rope", dims, 2, "bwd")
+    assert gradient.bytes == 6 * elements + tables + added.bytes - 2 * 64 * 2 and added.bytes < 0.02 * gradient.bytes
+    dims, outputs = {"B": 16, "N": 1024, "C": 896, "F": 2688}, 16 * 1024 * 2688
+    (gated,) = token_costs.kernels("geglu", dims, 2, "fwd")
+    assert gated.products == 4 * outputs * 896 and gated.special == outputs
+    found = {kernel.name: kernel for kernel in token_costs.kernels("geglu", dims, 2, "bwd")}
+    assert found["product of dh"].products == found["weight gradient"].products == gated.products
+    assert found["product of dh"].bytes == (2 * outputs + 2 * 2688 * 896 + 16 * 1024 * 896) * 2
+    assert 10 * outputs < found["gate gradient"].bytes < 10.1 * outputs and not found["gate gradient"].products
+
+
+@pytest.mark.parametrize("case", OF_TOKENS, ids=str)
+def test_kernels_of_tokens_cannot_beat_the_op(case: Case) -> None:
+    """Not by bytes, not by products: the op's floor is the least of any implementation."""
+    for dtype in (torch.bfloat16, torch.float32):
+        flops, moved = replace(case, dtype=dtype).cost()
+        for mode in ("fwd", "bwd"):
+            found = token_costs.kernels(case.op, case.dims, dtype.itemsize, mode)
+            assert sum(kernel.bytes for kernel in found) >= moved
+            assert sum(kernel.flops for kernel in found) >= flops
+            of_products = sum(kernel.products for kernel in found)
+            assert (of_products > 0) == (dtype == torch.bfloat16 and case.op != "qk_norm_rope")
+
+
+ODD = [
+    Case("attention", "masked", {"B": 3, "N": 135, "H": 2, "D": 20, "M": 277, "mask": 1}, torch.bfloat16),
+    Case("attention", "no-norm", {"B": 2, "N": 640, "H": 2, "D": 32, "M": 128, "norm": 0}, torch.bfloat16),
+    Case("attention", "rope-only", {"B": 1, "N": 700, "H": 1, "D": 8, "M": 700, "norm": 0, "rope": 1}, torch.bfloat16),
+    Case("geglu", "no-bias", {"B": 1, "N": 300, "C": 128, "F": 640, "bias": 0}, torch.bfloat16),
+]
+# The kernels of each name.
+LAUNCHED = {
+    "keys": "keys_kernel",
+    "attention": "attention_kernel",
+    "queries": "norm_rope_kernel",
+    "q and k": "norm_rope_kernel",
+    "query gradient": "query_gradient_kernel",
+    "key gradient": "key_gradient_kernel",
+    "sum of partials": "add_parts_kernel",
+    "norm gradient": "norm_rope_backward_kernel",
+    "sum of weights' partials": "add_weights_kernel",
+    "product and gate": "geglu_kernel",
+    "gate gradient": "geglu_gradient_kernel",
+    "product of dh": "pointwise_kernel",
+    "weight gradient": "weight_gradient_kernel",
+    "sum of bias's partials": "add_parts_kernel",
+}
+FILES = ("attention", "attention_backward", "qk_norm_rope", "qk_norm_rope_backward", "geglu", "weight_gradient",
+         "pointwise")  # fmt: skip
+
+
+class Watched:
+    """Stands in for a kernel: notes the tensors of each launch, and computes nothing."""
+
+    def __init__(self, kernel: Any, launches: list[tuple[str, int]]) -> None:
+        self.name, self.arguments, self.launches = kernel.fn.__name__, kernel.arg_names, launches
+
+    def __getitem__(self, grid: object) -> Any:
+        def launch(*given: Any, **flags: Any) -> None:
+            named = dict(zip(self.arguments, given, strict=False))
+            if self.name == "keys_kernel" and named["p_new_v"] is None:
+                del named["p_v"]  # not read
+            tensors = {value.data_ptr(): value.nbytes for value in named.values() if isinstance(value, torch.Tensor)}
+            self.launches.append((self.name, sum(tensors.values())))
+
+        return launch
+
+
+@pytest.mark.parametrize("case", [*OF_TOKENS, *ODD], ids=str)
+def test_kernels_of_tokens_are_those_that_are_launched(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their launchers, watched: the same kernels in the same order, and the bytes of the tensors that each is given."""
+    pytest.importorskip("triton")
+    launches: list[tuple[str, int]] = []
+    modules = {name: importlib.import_module(f"snapgen_kernels._triton.{name}") for name in (*FILES, "tuning")}
+    for module in modules.values():
+        for name, value in list(vars(module).items()):
+            if name in LAUNCHED.values():
+                monkeypatch.setattr(module, name, Watched(value, launches))
+    monkeypatch.setattr(modules["tuning"], "choose", lambda kernel, key, candidates, default, launch: default)
+    i = case.inputs()
+    if case.op == "geglu":
+        forward_ = (i["x"], i["weight"], i["bias"])
+        modules["geglu"].forward(*forward_, False)
+        split = len(launches)
+        h = i["x"].new_empty((*i["x"].shape[:2], i["weight"].shape[0]))
+        dy = h[..., : case.dims["F"]].contiguous()
+        modules["geglu"].backward(dy, *forward_, True, h, [True, True, i["bias"] is not None])
+    elif case.op == "qk_norm_rope":
+        given = (i["q"], i["k"], i["q_weight"], i["k_weight"], i["cos"], i["sin"], i["eps"])
+        modules["qk_norm_rope"].forward(*given)
+        split = len(launches)
+        dq, dk = i["q"].clone(), i["k"].clone()
+        modules["qk_norm_rope_backward"].backward(dq, dk, *given, [True] * 4)
+    else:
+        names = ("q", "k", "v", "key_mask", "q_weight", "k_weight", "cos", "sin", "scale", "eps")
+        given = tuple(i[name] for name in names)
+        o, lse = modules["attention"].forward(*given)
+        split = len(launches)
+        modules["attention_backward"].backward(o.clone(), *given, o, lse, [True] * 5)
+    for mode, seen in (("fwd", launches[:split]), ("bwd", launches[split:])):
+        left = list(seen)
+        for kernel in token_costs.kernels(case.op, case.dims, 2, mode):
+            mine, left = left[: kernel.launches], left[kernel.launches :]
+            assert [name for name, _ in mine] == [LAUNCHED[kernel.name]] * kernel.launches, kernel.name
+            moved = sum(each for _, each in mine)
+            # The weights of norms and the biases, which are left out, are a part in a hundred where all is small.
+            assert kernel.bytes == pytest.approx(moved, rel=0.01), kernel.name
+        assert not left

@@ -1,0 +1,126 @@
+"""Whole models in the benchmark: checked, timed, counted, and plain PyTorch where they are peers."""
+
+import sys
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import bench.__main__ as command
+from bench import cases, models
+from bench.plain import plain
+from bench.results import read
+from bench.session import make_plan
+from tests.bench_runs import KERNEL, run
+
+pytestmark = pytest.mark.usefixtures("quick_limits")
+
+SMALL = {str(case): case for case in models.CASES if not case.bench}
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_models_are_checked_and_timed(name: str, tmp_path: Path) -> None:
+    case, out = SMALL[name], tmp_path / "rows.csv"
+    dtypes = ("fp32",) if name == "train-small-float32" else ("fp32", "bf16")  # the whole trainer: once is enough
+    code, text = run(
+        "--small", "--suite", case.op, "--case", case.name, "--seconds", "0.02", "--out", str(out),
+        "--providers", "fused,eager,eager-nchw", "--dtype", ",".join(dtypes),
+    )  # fmt: skip
+    assert code == 0, text
+    rows = [r for r in read(out) if r.case == case.name]
+    providers = {"fused", "eager", "eager-nchw"} if KERNEL else {"eager", "eager-nchw"}
+    assert {(r.dtype, r.provider) for r in rows} == {(d, p) for d in dtypes for p in providers}
+    assert {r.mode for r in rows} == {"step" if case.op == "train" else "fwd"}
+    for r in rows:
+        assert r.checked == (f"at {case.batch}x{case.side}x{case.side}" if KERNEL else "no kernel")
+        assert r.flops > 0 and r.bytes > 0 and r.peak_bytes > 0
+        assert r.share == pytest.approx(r.flops / r.p50_ms / 1e6 / r.gemm_gflops)
+
+
+@pytest.mark.skipif(not KERNEL, reason="without a kernel there is nothing that could be wrong")
+@pytest.mark.parametrize("op", models.MODELS)
+def test_a_wrong_model_is_not_timed(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that PyTorch computes right and the fused model wrong."""
+    from snapgen import decoder
+    from snapgen_kernels import decoder_block, resblock
+
+    module, in_place = decoder_block if op == "decoder" else resblock, decoder.apply_block
+    places = [(m, n) for m in list(sys.modules.values()) if m.__name__.startswith("snapgen")
+              for n, value in vars(m).items() if value is module]  # fmt: skip
+    assert places
+    with plain():  # the yardstick knows the right one
+        pass
+    for place, attribute in places:
+        monkeypatch.setattr(place, attribute, lambda *a, **k: 1.01 * module(*a, **k))
+    monkeypatch.setattr(decoder, "apply_block", lambda *a, **k: (1.01 * in_place(*a, **k)[0], None))
+    out = tmp_path / "rows.csv"
+    code, text = run("--small", "--suite", op, "--case", "small", "--dtype", "fp32", "--out", str(out))
+    assert code == 1, text
+    assert f"wrong: {op}-small" in text and "allowed" in text
+    assert not out.exists()
+
+
+def test_inside_plain_no_op_of_ours_is_called() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import snapgen_kernels
+
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    before = snapgen_kernels.sepconv
+    case = replace(SMALL["denoiser-small-float32"], dtype=torch.bfloat16)
+    network, inputs = models.build(case), models.feeds(case)
+    with plain(), torch.no_grad(), Watch():
+        assert snapgen_kernels.sepconv is not before
+        models.run(network, inputs)
+    assert snapgen_kernels.sepconv is before
+    assert not [name for name in seen if "snapgen" in name]
+    norms = [name for name in seen if "native_group_norm" in name]
+    assert norms, "the norm is PyTorch's own"
+
+
+def test_the_readme_suite_has_every_op_and_every_model() -> None:
+    plan = make_plan(command.parse(("--suite", "readme")), Console(file=StringIO()))
+    assert {case.op for case in plan.cases} == {*cases.OPS, *models.MODELS}
+    assert {case.dtype for case in plan.cases} == {torch.float32, torch.bfloat16}
+    everything = make_plan(command.parse(("--suite", "all")), Console(file=StringIO()))
+    assert {str(case) for case in plan.cases} < {str(case) for case in everything.cases}
+
+
+def test_models_count_what_info_counts() -> None:
+    from snapgen.config import PRESETS
+    from snapgen.info import decoder_counts, denoiser_counts
+
+    decoder, denoiser = (
+        next(c for c in models.CASES if str(c).startswith(n)) for n in ("decoder-1024", "denoiser-t2i-128")
+    )
+    flops, moved = models.costs(decoder)
+    counted = decoder_counts(PRESETS["t2i-1024"])[""]
+    assert flops == 2 * counted.macs
+    assert moved == 4 * (counted.params + 16 * 128 * 128 + 3 * 1024 * 1024)
+    flops, _ = models.costs(denoiser)
+    short = 2 * denoiser_counts(PRESETS["t2i-1024"].denoiser)[""].macs  # with 77 tokens for 333
+    assert short < flops < 1.05 * short
+    half = models.costs(replace(decoder, dtype=torch.bfloat16))
+    assert half == (models.costs(decoder)[0], moved // 2)
+
+
+def test_a_training_step_trains_and_is_the_same_for_all() -> None:
+    case, losses = SMALL["train-latents-float32"], {}
+    for layout in ("channels_last", "contiguous"):
+        with plain():
+            step = models.training(case, layout=layout)
+            losses[layout] = [step().item() for _ in range(4)]
+    step = models.training(case)
+    losses["fused"] = [step().item() for _ in range(4)]
+    assert len(set(losses["fused"])) == 4
+    for found in losses.values():
+        assert found == pytest.approx(losses["channels_last"], rel=1e-3)
