@@ -4,7 +4,7 @@
 
 A model takes the inputs that were recorded, refuses others, and gives the outputs that were recorded, as MLModel does:
 fp32 numpy arrays by name. Behaviours: noise (40 dB below the peak), nan, shape, abort (while loading), abort_later (in
-the compute plan), hang (of the decoder), refuse, no_plan.
+the compute plan), hang (of the decoder), refuse, no_plan (nor the time that loading took).
 """
 
 import json
@@ -30,7 +30,6 @@ class MLCPUComputeDevice: ...
 
 
 class FakeModel:
-    load_duration_in_nano_seconds = 2_000_000_000
     last_predict_duration_in_nano_seconds = None
 
     def __init__(self, package: str, function: str | None, behaviour: str) -> None:
@@ -42,6 +41,7 @@ class FakeModel:
         self.calls = self.part["functions"][function or "main"]["golden"]
         self.tensors = load_file(folder / "Golden.safetensors")
         self.behaviour, self.predictions = behaviour, 0
+        self.load_duration_in_nano_seconds = None if behaviour == "no_plan" else 1_000
 
     def predict(self, data: dict) -> dict:
         self.predictions += 1
@@ -58,7 +58,8 @@ class FakeModel:
             return value + (1e-2 * np.abs(value).max() * signs).astype(np.float32)
         if self.behaviour == "nan":
             return value * np.float32("nan")
-        return value[:, :1] if self.behaviour == "shape" else value
+        # Rows apart in memory, as Core ML leaves some.
+        return value[:, :1] if self.behaviour == "shape" else np.stack((value, value), axis=-1)[..., 0]
 
 
 class FakePlan:
