@@ -99,7 +99,7 @@ def _cuda_backward(
     rstd: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from snapgen_kernels._triton import group_norm_silu as kernels
+    from snapgen_kernels._triton import group_norm_silu_backward as kernels
 
     return kernels.backward(dy, x, num_groups, weight, bias, eps, mean, rstd, needs)
 

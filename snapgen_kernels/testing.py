@@ -436,6 +436,7 @@ _TESTS: dict[str, dict[str, dict[str, int]]] = {
         "cross": _sizes(B=2, N=7, H=2, D=8, M=5),
         "odd-head": _sizes(B=1, N=6, H=5, D=20, M=6, rope=1),
         "one-token": _sizes(B=1, N=1, H=1, D=64, M=1, rope=1),
+        "wide-head": _sizes(B=1, N=4, H=2, D=200, M=4, rope=1),
     },
     "attention": {
         "self": _sizes(B=2, N=12, H=3, D=16, M=12, rope=1),
@@ -443,6 +444,8 @@ _TESTS: dict[str, dict[str, dict[str, int]]] = {
         "masked": _sizes(B=3, N=5, H=2, D=8, M=11, mask=1),
         "no-norm": _sizes(B=1, N=9, H=2, D=8, M=9, norm=0),
         "rope-only": _sizes(B=1, N=9, H=2, D=8, M=9, norm=0, rope=1),
+        "ragged-head": _sizes(B=1, N=6, H=2, D=100, M=6, rope=1),
+        "wide-head": _sizes(B=1, N=5, H=2, D=128, M=7),
     },
     "geglu": {
         "small": _sizes(B=2, N=5, C=12, F=7),

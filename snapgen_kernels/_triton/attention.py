@@ -2,12 +2,14 @@
 
 One key/value head makes the N * H queries of a sample the rows of one matrix: a tile of rows reads every key once for
 all heads. Keys are made ready first, by one small launch (none where nothing is to do): normalised, rotated, padded to
-whole tiles, zero where masked, with a bias per key that is 0, or -inf where it may not be attended. Queries are
-normalised and rotated in registers as their tile is loaded.
+whole tiles, zero where masked or beyond the end. A mask becomes a bias per key: 0, or -inf where it may not be
+attended. Without a mask only the last tile of keys has any to leave out, and only there they are looked for. Queries
+are normalised and rotated in registers as their tile is loaded.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ from snapgen_kernels._triton.qk_norm_rope import (
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
+SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 class Config(NamedTuple):
@@ -79,6 +82,14 @@ def load_queries(
     b_cos, b_sin = load_tables(p_cos, p_sin, i_token.to(tl.int64) * D, b_off, m, ROPE)
     b_weight = load_weight(p_weight, b_d, D, NORM)
     return norm_rotate(b_q, b_weight, b_cos, b_sin, D, eps, NORM, ROPE, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def within(b_x, b_n, left, rest, BLOCK_N: tl.constexpr):
+    """Scores or weights of a tile of keys; ``rest`` beyond the last key, if fewer than BLOCK_N are left."""
+    if left < BLOCK_N:
+        b_x = tl.where((b_n < left)[None, :], b_x, rest)
+    return b_x
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -150,12 +161,14 @@ def attention_kernel(
     ROPE: tl.constexpr,
     EVEN_D: tl.constexpr,
     HEADS: tl.constexpr,
+    TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """o, and the logarithm of the sum of exponentials, of R rows a sample, for ready keys [B, padded, BLOCK_D].
+    """o, and the logarithm of the sum of exponentials, of R rows a sample, for ready keys [B, padded, BLOCK_D]. TAIL:
+    there is no bias, and the last tile of keys is not whole.
 
     Grid: B * tiles, tiles = cdiv(R, BLOCK_M).
     """
@@ -169,6 +182,8 @@ def attention_kernel(
     # A negative scale turns the queries round, so that the largest product has the largest score.
     b_q = (b_q * tl.where(scale < 0.0, -1.0, 1.0)).to(p_q.dtype.element_ty)
     log2_scale = tl.abs(scale) * LOG2_E
+    if TAIL:
+        log2_scale = tl.maximum(log2_scale, SMALLEST)  # -inf times 0 would be NaN
     p_k += i_b * padded * BLOCK_D + b_n[None, :] * BLOCK_D + b_d[:, None]  # transposed
     p_v += i_b * padded * BLOCK_D + b_n[:, None] * BLOCK_D + b_d[None, :]
     b_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -177,6 +192,8 @@ def attention_kernel(
     for i_n in range(0, M, BLOCK_N):
         b_s = tl.dot(b_q, tl.load(p_k), input_precision=PRECISION)
         if p_bias is None:
+            if TAIL:
+                b_s = within(b_s, b_n, M - i_n, float("-inf"), BLOCK_N)
             b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * log2_scale)
             b_shift = b_new_max
             b_p = tl.exp2(tl.fma(b_s, log2_scale, -b_shift[:, None]))
@@ -208,11 +225,12 @@ CONFIGS_TF32 = (Config(64, 64, 8, 2), Config(64, 32, 4, 2))
 # fp32 products in full precision run on the ordinary units, whose accumulators take more registers.
 CONFIGS_FP32 = (Config(32, 32, 4, 2),)
 # Heads of more than 64.
-CONFIGS_WIDE = (Config(64, 64, 8, 3), Config(64, 64, 4, 3))
+CONFIGS_WIDE = (Config(64, 64, 8, 3),)
 CONFIGS_WIDE_TF32 = (Config(64, 32, 8, 2),)
 CONFIGS_WIDE_FP32 = (Config(32, 32, 8, 2),)
 # AMD has 64 KiB of shared memory.
 CONFIGS_HIP = (Config(128, 64, 4, 1), Config(64, 64, 4, 1))
+CONFIGS_HIP_RAGGED = (Config(64, 64, 8, 1),)
 # Keys are padded to a multiple of the widest tile.
 PAD = 128
 # Numbers in a tile of the kernel that makes keys ready.
@@ -225,20 +243,38 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
-def configs_for(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int) -> tuple[Config, ...]:
-    """The candidates, widest first."""
+def is_whole(dim: int) -> bool:
+    """Whether rows of a head are whole vectors; else they are loaded number by number, each with an address and a mask,
+    which takes more registers."""
+    return dim % 16 == 0
+
+
+def configs_for(
+    dtype: torch.dtype, exactness: str, nvidia: bool, columns: int, whole: bool, shared: int
+) -> tuple[Config, ...]:
+    """The candidates, widest first; ``whole``: see :func:`is_whole`; ``shared``: see ``common.shared_bytes``."""
     wide = columns > 64
     if dtype == torch.float32:
         if exactness == "tf32":
             return CONFIGS_WIDE_TF32 if wide else CONFIGS_TF32
         return CONFIGS_WIDE_FP32 if wide else CONFIGS_FP32
     if not nvidia:
-        return CONFIGS_HIP
-    return CONFIGS_WIDE if wide else CONFIGS
+        return CONFIGS_HIP if whole else CONFIGS_HIP_RAGGED
+    configs = CONFIGS_WIDE if wide else CONFIGS if whole else CONFIGS[-1:]
+    # The widest tiles in three stages take 112 KiB.
+    stages = 3 if shared >= common.LARGE_SHARED else 2
+    return tuple(config._replace(num_stages=min(config.num_stages, stages)) for config in configs)
 
 
-def filling(configs: tuple[Config, ...], samples: int, rows: int, processors: int) -> Config:
-    """The first config with a program for every multiprocessor; else the last."""
+def fitting(configs: tuple[Config, ...], keys: int) -> tuple[Config, ...]:
+    """Those of whose tile of keys no half is empty; the narrowest where there is none."""
+    narrowest = min(config.block_n for config in configs)
+    return tuple(config for config in configs if config.block_n <= max(common.pow2(keys), narrowest))
+
+
+def filling(configs: tuple[Config, ...], samples: int, rows: int, keys: int, processors: int) -> Config:
+    """Of those that fit the keys, the first config with a program for every multiprocessor; else the last."""
+    configs = fitting(configs, keys)
     return next((c for c in configs if samples * common.cdiv(rows, c.block_m) >= processors), configs[-1])
 
 
@@ -251,7 +287,8 @@ class KeysTile(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values as the kernels take them, [B, padded, BLOCK_D], and the bias [B, padded] or None."""
+    """Keys and values as the kernels take them, [B, padded, BLOCK_D], and the bias [B, padded], or None where no key is
+    masked."""
 
     k: Tensor
     v: Tensor
@@ -270,9 +307,7 @@ def ready(
         return Keys(k, v, None, padded)
     new_k = k.new_empty((batch, padded, columns))
     new_v = torch.empty_like(new_k) if copied else None
-    bias = None
-    if key_mask is not None or padded != keys:
-        bias = torch.empty((batch, padded), dtype=torch.float32, device=k.device)
+    bias = None if key_mask is None else torch.empty((batch, padded), dtype=torch.float32, device=k.device)
     block_t = KEYS_VALUES // columns
     keys_kernel[(batch * common.cdiv(padded, block_t),)](
         k, v, new_k, new_v, bias, None if key_mask is None else key_mask.view(torch.uint8), weight, *tables,
@@ -280,6 +315,11 @@ def ready(
         BLOCK_D=columns, num_warps=4,
     )  # fmt: skip
     return Keys(new_k, v if new_v is None else new_v, bias, padded)
+
+
+def has_tail(made: Keys, keys: int, config: Config) -> bool:
+    """Whether the last tile of keys has some to leave out that no bias tells of."""
+    return made.bias is None and keys % config.block_n != 0
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -316,14 +356,16 @@ def forward(
             q, made.k, made.v, made.bias, o, logsumexp, weight, *tables,
             rows, keys, made.padded, dim, tiles, dim**-0.5 if scale is None else scale, eps,
             NORM=weight is not None, ROPE=tables.cos is not None, EVEN_D=dim == columns,
-            HEADS=1 if tables.cos is None else heads, PRECISION=exactness, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, BLOCK_D=columns, num_warps=config.num_warps, num_stages=config.num_stages,
+            HEADS=1 if tables.cos is None else heads, TAIL=has_tail(made, keys, config), PRECISION=exactness,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=columns, num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )  # fmt: skip
 
-    configs = configs_for(q.dtype, exactness, torch.version.hip is None, columns)
-    default = filling(configs, batch, rows, common.processors(q))
+    shared = common.shared_bytes(q)
+    configs = configs_for(q.dtype, exactness, torch.version.hip is None, columns, is_whole(dim), shared)
+    default = filling(configs, batch, rows, keys, common.processors(q))
     flags = (made.bias is not None, weight is not None, tables.cos is not None)
-    key = (str(q.dtype), exactness, batch, rows, keys, dim, *flags)
+    key = (str(q.dtype), exactness, *q.shape, keys, *flags)
     launch(tuning.choose("attention", key, configs, default, launch))
     return o, logsumexp
 
@@ -331,33 +373,64 @@ def forward(
 # ---- what is launched ------------------------------------------------------------------------------------------------
 
 
-def variants() -> list[dict[str, Any]]:
-    """The model's calls: self-attention, and cross-attention to keys with a bias; and neither norm nor rotation."""
+def variants(whole: bool) -> list[dict[str, Any]]:
+    """The model's self-attention, and its cross-attention to masked keys and to keys that are no whole tiles; rotation
+    without a norm, neither; heads that are no power of two. ``whole``: see :func:`is_whole`."""
     unrotated: dict[str, Any] = {"ROPE": False, "p_cos": None, "p_sin": None, "HEADS": 1}
+    unbiased: dict[str, Any] = {"p_bias": None}
+    unnormed: dict[str, Any] = {"NORM": False, "p_weight": None}
+    rotated: dict[str, Any] = {"ROPE": True, "HEADS": 14}
+    uneven = [
+        {"EVEN_D": False, "NORM": True, "TAIL": True, **rotated, **unbiased},
+        {"EVEN_D": False, "TAIL": False, **unnormed, **unrotated},
+    ]
+    if not whole:
+        return uneven
     return [
-        {"NORM": True, "ROPE": True, "HEADS": 14, "p_bias": None},
+        {"EVEN_D": True, "NORM": True, "TAIL": False, **rotated, **unbiased},
+        {"EVEN_D": True, "NORM": True, "TAIL": False, **unrotated},
+        {"EVEN_D": True, "NORM": True, "TAIL": True, **unrotated, **unbiased},
+        {"EVEN_D": True, "TAIL": False, **unnormed, **rotated, **unbiased},
+        {"EVEN_D": True, "TAIL": True, **unnormed, **unrotated, **unbiased},
+        uneven[0],
+    ]
+
+
+def sizes(whole: bool) -> tuple[str, ...]:
+    """Those that are multiples of 16."""
+    return ("D", "padded") if whole else ("padded",)
+
+
+def key_variants() -> list[dict[str, Any]]:
+    """Of the kernel that makes keys ready: rotated in place of a copy, masked, and both; without a norm."""
+    unmasked: dict[str, Any] = {"p_mask": None, "p_bias": None}
+    unrotated: dict[str, Any] = {"ROPE": False, "p_cos": None, "p_sin": None}
+    return [
+        {"NORM": True, "ROPE": True, "p_new_v": None, **unmasked},
         {"NORM": True, **unrotated},
-        {"NORM": False, "p_weight": None, "p_bias": None, **unrotated},
+        {"NORM": True, "ROPE": True},
+        {"NORM": False, "p_weight": None, "ROPE": True, **unmasked},
     ]
 
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """Every kernel of this file in every config that its launchers may choose."""
     found: list[Build] = []
-    images, divisible = ("p_q", "p_k", "p_v", "p_o", "p_new_k", "p_new_v"), ("D", "padded")
-    for columns in (64, 128):
-        for variant in variants():
-            for exactness in precisions(dtype, nvidia):
-                for config in configs_for(dtype, exactness, nvidia, columns):
-                    found.append(
-                        common.build(
-                            attention_kernel, dtype, images, config, divisible, EVEN_D=True, BLOCK_D=columns,
-                            PRECISION=exactness, products=dtype != torch.float32 or exactness == "tf32", **variant,
-                        )
-                    )  # fmt: skip
-    for variant in ({"ROPE": True, "p_mask": None, "p_new_v": None, "p_bias": None}, {"ROPE": False}):
-        tables: dict[str, Any] = {} if variant["ROPE"] else {"p_cos": None, "p_sin": None}
-        tile = KeysTile(KEYS_VALUES // 64, 64, 4)
-        listed = common.build(keys_kernel, dtype, images, tile, divisible, NORM=True, **variant, **tables)
-        found.append(listed._replace(pointers={**listed.pointers, "p_mask": "u8"}))
+    images = ("p_q", "p_k", "p_v", "p_o", "p_new_k", "p_new_v")
+    for columns, whole in itertools.product((64, 128), (True, False)):
+        for variant, exactness in itertools.product(variants(whole), precisions(dtype, nvidia)):
+            listed: dict[Config, int] = {}  # and the shared memory that is there wherever it is launched
+            for shared in (common.LARGE_SHARED, common.SMALL_SHARED):
+                listed |= dict.fromkeys(configs_for(dtype, exactness, nvidia, columns, whole, shared), shared)
+            for config, shared in listed.items():
+                build = common.build(
+                    attention_kernel, dtype, images, config, sizes(whole), BLOCK_D=columns, PRECISION=exactness,
+                    products=dtype != torch.float32 or exactness == "tf32", **variant,
+                )  # fmt: skip
+                found.append(build._replace(shared=shared))
+        for variant in key_variants():
+            tile = KeysTile(KEYS_VALUES // columns, columns, 4)
+            vector = 16 if whole else 4
+            build = common.build(keys_kernel, dtype, images, tile, sizes(whole), vector=vector, **variant)
+            found.append(build._replace(pointers={**build.pointers, "p_mask": "u8"}))
     return found

@@ -19,7 +19,7 @@ from torch import Tensor
 from snapgen_kernels._library import like
 from snapgen_kernels._triton import attention as kernels
 from snapgen_kernels._triton import common, qk_norm_rope, qk_norm_rope_backward, tuning
-from snapgen_kernels._triton.attention import LOG2_E, Config, Keys, load_rows
+from snapgen_kernels._triton.attention import LOG2_E, Config, Keys, load_rows, within
 from snapgen_kernels._triton.common import Build
 from snapgen_kernels._triton.pointwise import precisions
 from snapgen_kernels._triton.qk_norm_rope import Rotation, block_d, rotation, tile_mask
@@ -47,13 +47,15 @@ def query_gradient_kernel(
     tiles,
     scale,
     EVEN_D: tl.constexpr,
+    TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """dq (unless None) of R rows of queries a sample; of each row delta = sum(do o), and shift, its logarithm to the
-    base 2, but inf where there is no key, so that weights are 0. Grid: B * tiles, tiles = cdiv(R, BLOCK_M)."""
+    base 2, but inf where there is no key, so that weights are 0. TAIL: as in the forward. Grid: B * tiles, tiles =
+    cdiv(R, BLOCK_M)."""
     i_row, i_b = (tl.program_id(0) % tiles) * BLOCK_M, (tl.program_id(0) // tiles).to(tl.int64)
     b_m, b_n, b_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     i_first, left = i_b * R + i_row, R - i_row
@@ -75,6 +77,8 @@ def query_gradient_kernel(
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             if p_bias is None:
                 b_p = tl.exp2(tl.fma(b_s, log2_scale, -b_shift[:, None]))
+                if TAIL:  # where scores are far below 0, a key of zeros has a weight of inf
+                    b_p = within(b_p, b_n, M - i_n, 0.0, BLOCK_N)
             else:
                 b_bias = tl.load(p_bias + i_b * padded + i_n + b_n)[None, :]
                 b_p = tl.exp2(tl.fma(b_s, log2_scale, b_bias - b_shift[:, None]))
@@ -112,7 +116,8 @@ def key_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The part of dk and of dv, both [chunks, B, M, D], of ``chunk`` rows of queries (whole tiles of BLOCK_M).
+    """The part of dk and of dv (unless None), both [chunks, B, M, D], of ``chunk`` rows of queries (whole tiles of
+    BLOCK_M). Keys beyond the end are computed like the others, each for itself, and not stored.
 
     Grid: cdiv(M, BLOCK_N) * chunks * B; the tiles of keys of a chunk run side by side and share its rows.
     """
@@ -120,10 +125,13 @@ def key_gradient_kernel(
     i_n, i_rest = (tl.program_id(0) % tiles) * BLOCK_N, tl.program_id(0) // tiles
     i_chunk, i_b = i_rest % chunks, (i_rest // chunks).to(tl.int64)
     b_m, b_n, b_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    i_key = (i_b * padded + i_n) * BLOCK_D
-    b_k = tl.load(p_k + i_key + b_n[:, None] * BLOCK_D + b_d[None, :])
-    b_v = tl.load(p_v + i_key + b_n[:, None] * BLOCK_D + b_d[None, :])
-    b_bias = tl.zeros([BLOCK_N], dtype=tl.float32)
+    b_key = (i_b * padded + i_n) * BLOCK_D + b_n[:, None] * BLOCK_D + b_d[None, :]
+    b_k = tl.load(p_k + b_key)
+    if p_dk is not None:
+        b_v = tl.load(p_v + b_key)
+        b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    if p_dv is not None:
+        b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     if p_bias is not None:
         b_bias = tl.load(p_bias + i_b * padded + i_n + b_n)
     i_row = i_chunk * chunk
@@ -133,8 +141,6 @@ def key_gradient_kernel(
     p_shift += i_first
     p_delta += i_first
     log2_scale = scale * LOG2_E
-    b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for _ in range(0, tl.minimum(chunk, left), BLOCK_M):
         b_q = load_rows(p_q, b_m, left, b_d, D, EVEN_D)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [keys, rows]
@@ -144,24 +150,29 @@ def key_gradient_kernel(
         else:
             b_p = tl.exp2(tl.fma(b_s, log2_scale, b_bias[:, None] - b_shift[None, :]))
         b_do = load_rows(p_do, b_m, left, b_d, D, EVEN_D)
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_delta = tl.load(p_delta + b_m, mask=b_m < left, other=0.0)
-        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
+        if p_dv is not None:
+            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        if p_dk is not None:
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+            b_delta = tl.load(p_delta + b_m, mask=b_m < left, other=0.0)
+            b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
+            b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
         p_q += BLOCK_M * D
         p_do += BLOCK_M * D
         p_shift += BLOCK_M
         p_delta += BLOCK_M
         left -= BLOCK_M
-    b_dk = b_dk * scale
-    if p_bias is not None:  # NaN in do reaches no key that is left out
-        b_dk = tl.where(b_bias[:, None] == 0.0, b_dk, 0.0)
-        b_dv = tl.where(b_bias[:, None] == 0.0, b_dv, 0.0)
     i_part = ((i_chunk * (tl.num_programs(0) // (tiles * chunks)) + i_b) * M + i_n) * D
     b_off, m = b_n[:, None] * D + b_d[None, :], tile_mask(b_n, M - i_n, b_d, D, EVEN_D)
-    tl.store(p_dk + i_part + b_off, b_dk, mask=m)
-    tl.store(p_dv + i_part + b_off, b_dv, mask=m)
+    if p_dk is not None:
+        b_dk = b_dk * scale
+        if p_bias is not None:  # NaN in do reaches no key that is left out
+            b_dk = tl.where(b_bias[:, None] == 0.0, b_dk, 0.0)
+        tl.store(p_dk + i_part + b_off, b_dk, mask=m)
+    if p_dv is not None:
+        if p_bias is not None:
+            b_dv = tl.where(b_bias[:, None] == 0.0, b_dv, 0.0)
+        tl.store(p_dv + i_part + b_off, b_dv, mask=m)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
@@ -169,18 +180,20 @@ def key_gradient_kernel(
 # Widest first; block_m are rows of queries, block_n keys, in both kernels.
 QUERY_CONFIGS = (Config(128, 64, 8, 2), Config(64, 64, 4, 2))
 QUERY_CONFIGS_TF32 = (Config(64, 32, 4, 2),)
-QUERY_CONFIGS_FP32 = (Config(32, 32, 4, 2),)
+QUERY_CONFIGS_FP32 = (Config(32, 32, 8, 2),)
 QUERY_CONFIGS_HIP = (Config(64, 32, 4, 1), Config(64, 64, 4, 1))
 KEY_CONFIGS = (Config(64, 128, 8, 2), Config(64, 64, 4, 2))
 KEY_CONFIGS_TF32 = (Config(32, 64, 4, 2),)
 KEY_CONFIGS_FP32 = (Config(32, 32, 4, 2),)
 KEY_CONFIGS_HIP = (Config(32, 64, 4, 1),)
-# Heads of more than 64.
+KEY_CONFIGS_HIP_RAGGED = (Config(32, 32, 8, 1),)
+# Heads of more than 64; in tf32 small enough for GPUs with 99 KiB of shared memory a block.
 QUERY_CONFIGS_WIDE = (Config(64, 64, 4, 2),)
-QUERY_CONFIGS_WIDE_TF32 = (Config(64, 32, 8, 2),)
+QUERY_CONFIGS_WIDE_TF32 = (Config(64, 16, 8, 2),)
 QUERY_CONFIGS_WIDE_FP32 = (Config(32, 16, 8, 2),)
 KEY_CONFIGS_WIDE = (Config(64, 64, 8, 2), Config(32, 64, 8, 2))
-KEY_CONFIGS_WIDE_TF32 = (Config(32, 64, 8, 2),)
+KEY_CONFIGS_WIDE_RAGGED = (Config(32, 32, 8, 1),)
+KEY_CONFIGS_WIDE_TF32 = (Config(32, 32, 8, 2),)
 KEY_CONFIGS_WIDE_FP32 = (Config(32, 32, 8, 2),)
 # Programs of the kernel for keys for each multiprocessor, and tiles of rows of a program, at least: below, writing and
 # adding the parts outweighs the products.
@@ -188,27 +201,29 @@ PROGRAMS = 2
 MIN_TILES = 4
 
 
-def query_configs(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int) -> tuple[Config, ...]:
-    """The candidates, widest first."""
+def query_configs(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int, whole: bool) -> tuple[Config, ...]:
+    """The candidates, widest first; ``whole``: see ``attention.is_whole``."""
     wide = columns > 64
     if dtype == torch.float32:
         if exactness == "tf32":
             return QUERY_CONFIGS_WIDE_TF32 if wide else QUERY_CONFIGS_TF32
         return QUERY_CONFIGS_WIDE_FP32 if wide else QUERY_CONFIGS_FP32
     if not nvidia:
-        return QUERY_CONFIGS_HIP
+        return QUERY_CONFIGS_HIP if whole else QUERY_CONFIGS_HIP[-1:]
     return QUERY_CONFIGS_WIDE if wide else QUERY_CONFIGS
 
 
-def key_configs(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int) -> tuple[Config, ...]:
-    """The candidates, widest first."""
+def key_configs(dtype: torch.dtype, exactness: str, nvidia: bool, columns: int, whole: bool) -> tuple[Config, ...]:
+    """The candidates, widest first; ``whole``: see ``attention.is_whole``."""
     wide = columns > 64
     if dtype == torch.float32:
         if exactness == "tf32":
             return KEY_CONFIGS_WIDE_TF32 if wide else KEY_CONFIGS_TF32
         return KEY_CONFIGS_WIDE_FP32 if wide else KEY_CONFIGS_FP32
     if not nvidia:
-        return KEY_CONFIGS_HIP
+        return KEY_CONFIGS_HIP if whole else KEY_CONFIGS_HIP_RAGGED
+    if not whole:
+        return KEY_CONFIGS_WIDE_RAGGED if wide else KEY_CONFIGS[-1:]
     return KEY_CONFIGS_WIDE if wide else KEY_CONFIGS
 
 
@@ -238,43 +253,48 @@ def _query_gradient(rows: _Rows, keys: Keys, o: Tensor, count: int, scale: float
         query_gradient_kernel[(batch * tiles,)](
             rows.q, keys.k, keys.v, keys.bias, o, rows.do, rows.lse, rows.shift, rows.delta, dq,
             total, count, keys.padded, dim, tiles, scale,
-            EVEN_D=dim == columns, PRECISION=exactness, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_D=columns, num_warps=config.num_warps, num_stages=config.num_stages,
+            EVEN_D=dim == columns, TAIL=kernels.has_tail(keys, count, config), PRECISION=exactness,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=columns, num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )  # fmt: skip
 
-    configs = query_configs(rows.q.dtype, exactness, torch.version.hip is None, columns)
-    default = kernels.filling(configs, batch, total, common.processors(rows.q))
+    configs = query_configs(rows.q.dtype, exactness, torch.version.hip is None, columns, kernels.is_whole(dim))
+    default = kernels.filling(configs, batch, total, count, common.processors(rows.q))
     key = (*_key(rows, keys, count, exactness), wanted)
     launch(tuning.choose("attention_query_gradient", key, configs, default, launch))
     return dq
 
 
-def _key_gradients(rows: _Rows, keys: Keys, count: int, scale: float, wanted: tuple[bool, bool]) -> list[Tensor | None]:
+def _key_gradients(
+    rows: _Rows, keys: Keys, count: int, scale: float, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, ...]:
     """The gradients of the ready keys and of the values, [B, M, D], M = ``count``, where they are wanted."""
     batch, tokens, heads, dim = rows.q.shape
     total, columns = tokens * heads, block_d(dim)
     exactness = kernels.precision(rows.q.dtype)
 
-    def launch(config: Config) -> list[Tensor | None]:
+    def launch(config: Config) -> tuple[Tensor | None, ...]:
         tiles, steps = common.cdiv(count, config.block_n), common.cdiv(total, config.block_m)
         splits = min(common.cdiv(PROGRAMS * common.processors(rows.q), batch * tiles), steps // MIN_TILES)
         chunk = common.cdiv(steps, max(1, splits)) * config.block_m
         chunks = common.cdiv(total, chunk)
-        parts = new_parts(rows.q, 2, chunks, batch, count, dim)
+        parts = new_parts(rows.q, sum(wanted), chunks, batch, count, dim)
+        given = iter(parts)
+        dk, dv = (next(given) if need else None for need in wanted)
         key_gradient_kernel[(tiles * chunks * batch,)](
-            rows.q, keys.k, keys.v, keys.bias, rows.do, rows.shift, rows.delta, parts[0], parts[1],
+            rows.q, keys.k, keys.v, keys.bias, rows.do, rows.shift, rows.delta, dk, dv,
             total, count, keys.padded, dim, chunk, chunks, scale,
             EVEN_D=dim == columns, PRECISION=exactness, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_D=columns, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        return [
-            add_parts(part.flatten(1), rows.q.new_empty((batch, count, dim))) if need else None
-            for part, need in zip(parts, wanted, strict=True)
-        ]
+        found = tuple(rows.q.new_empty((batch, count, dim)) if need else None for need in wanted)
+        add_parts(parts.view(-1, batch * count * dim), *(t for t in found if t is not None))
+        return found
 
-    configs = key_configs(rows.q.dtype, exactness, torch.version.hip is None, columns)
-    key = _key(rows, keys, count, exactness)
-    return launch(tuning.choose("attention_key_gradient", key, configs, configs[0], launch))
+    configs = key_configs(rows.q.dtype, exactness, torch.version.hip is None, columns, kernels.is_whole(dim))
+    key = (*_key(rows, keys, count, exactness), *wanted)
+    default = kernels.fitting(configs, count)[0]
+    return launch(tuning.choose("attention_key_gradient", key, configs, default, launch))
 
 
 class Weights(NamedTuple):
@@ -351,22 +371,50 @@ def backward(
 # ---- what is launched ------------------------------------------------------------------------------------------------
 
 
+def query_variants(whole: bool) -> list[dict[str, Any]]:
+    """Masked keys; unmasked ones, in whole tiles and not; heads that are no power of two."""
+    unbiased: dict[str, Any] = {"p_bias": None}
+    uneven = [{"EVEN_D": False, "TAIL": True, **unbiased}, {"EVEN_D": False, "TAIL": False}]
+    if not whole:
+        return uneven
+    return [
+        {"EVEN_D": True, "TAIL": False, **unbiased},
+        {"EVEN_D": True, "TAIL": False},
+        {"EVEN_D": True, "TAIL": True, **unbiased},
+        uneven[0],
+    ]
+
+
+def key_variants(whole: bool) -> list[dict[str, Any]]:
+    """Masked keys and others; heads that are no power of two; one gradient alone."""
+    unbiased: dict[str, Any] = {"p_bias": None}
+    if not whole:
+        return [{"EVEN_D": False, **unbiased}, {"EVEN_D": False}]
+    return [
+        {"EVEN_D": True, **unbiased},
+        {"EVEN_D": True},
+        {"EVEN_D": False, **unbiased},
+        {"EVEN_D": True, "p_dv": None},
+        {"EVEN_D": True, "p_dk": None},
+    ]
+
+
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """Both kernels in every config that the launchers may choose."""
     images = ("p_q", "p_k", "p_v", "p_do")
-    biases: tuple[dict[str, Any], ...] = ({"p_bias": None}, {})
     kinds = (
-        (query_gradient_kernel, (*images, "p_o", "p_dq"), query_configs),
-        (key_gradient_kernel, images, key_configs),
+        (query_gradient_kernel, (*images, "p_o", "p_dq"), query_configs, query_variants),
+        (key_gradient_kernel, images, key_configs, key_variants),
     )
     return [
         common.build(
-            kernel, dtype, names, config, ("D", "padded"), EVEN_D=True, BLOCK_D=columns, PRECISION=exactness,
-            products=dtype != torch.float32 or exactness == "tf32", **bias,
+            kernel, dtype, names, config, kernels.sizes(whole), BLOCK_D=columns, PRECISION=exactness,
+            products=dtype != torch.float32 or exactness == "tf32", **variant,
         )
-        for kernel, names, configs in kinds
+        for kernel, names, configs, variants in kinds
         for columns in (64, 128)
+        for whole in (True, False)
         for exactness in precisions(dtype, nvidia)
-        for config in configs(dtype, exactness, nvidia, columns)
-        for bias in biases
+        for config in configs(dtype, exactness, nvidia, columns, whole)
+        for variant in variants(whole)
     ]  # fmt: skip

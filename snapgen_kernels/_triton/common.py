@@ -100,6 +100,21 @@ def cache_bytes(tensor: Tensor) -> int:
     return _cache_bytes(tensor.get_device()) if tensor.is_cuda else 60 << 20
 
 
+# Shared memory that a block can have on the GPUs that have least (sm_86, sm_89, sm_120), and on those that kernels
+# are tuned for.
+SMALL_SHARED, LARGE_SHARED = 99 << 10, 160 << 10
+
+
+@cache
+def _shared_bytes(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def shared_bytes(tensor: Tensor) -> int:
+    """Bytes of shared memory that a block can have on the tensor's NVIDIA GPU; an H200's where there is none."""
+    return _shared_bytes(tensor.get_device()) if tensor.is_cuda and torch.version.hip is None else 227 << 10
+
+
 def cdiv(a: int, b: int) -> int:
     """The quotient rounded up; ``triton.cdiv``, outside a kernel, takes microseconds."""
     return -(-a // b)
@@ -133,6 +148,7 @@ class Build(NamedTuple):
         products: whether tensor-core instructions must be there.
         only: the compute capability, times 10, on which alone it is launched; 0: on all.
         vector: bytes of an image that a thread loads at once.
+        shared: bytes of shared memory that a block can have wherever it is launched.
     """
 
     kernel: Any
@@ -143,6 +159,7 @@ class Build(NamedTuple):
     products: bool = False
     only: int = 0
     vector: int = 16
+    shared: int = SMALL_SHARED
 
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

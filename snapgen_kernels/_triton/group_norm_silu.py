@@ -1,4 +1,5 @@
-"""GroupNorm + SiLU on the GPU, forward and backward; the contract is in ``snapgen_kernels/group_norm_silu.py``.
+"""GroupNorm + SiLU on the GPU, and its backward in ``group_norm_silu_backward``; the contract is in
+``snapgen_kernels/group_norm_silu.py``.
 
 Names: i_ index, p_ pointer, b_ block in registers, m_ mask, s_ stride. B samples, C channels, P pixels, G groups; a
 chunk is ``tiles`` tiles of BLOCK_P pixels. Both memory formats run the same kernels, with the strides of channel and
@@ -16,8 +17,7 @@ eviction, so that outputs do not push out inputs that are still to come; and a b
 few samples at a time, both passes for each group of samples. With the second read in the cache, memory sees 2 X and the
 chunks' statistics, 8 bytes per channel and chunk: 3% of 2 X for bf16 and chunks of 64 pixels, 1.6% for 128. In the
 model 256 channels of 128x128 in bf16 are 8.4 MB a sample: batch 1 fits in any L2; batch 16, 134 MB, moves 403 MB in
-two plain passes and 268 MB at the floor. Backward: sums read x and dy (2 X), the gradient reads both again and writes
-dx: 5 X, floor 3 X, by the same means. Each group of samples costs three launches, so groups are as large as fits.
+two plain passes and 268 MB at the floor. Each group of samples costs three launches, so groups are as large as fits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snapgen_kernels._triton import common
-from snapgen_kernels._triton.common import Build, cdiv, sigmoid, silu, silu_of_half, tanh_approx
+from snapgen_kernels._triton.common import Build, cdiv, silu, silu_of_half
 from snapgen_kernels._triton.tuning import choose
 
 
@@ -239,168 +239,6 @@ def apply_kernel(
     store(p_y + i_first + i_x, b_y, m, EVEN)
 
 
-@triton.jit
-def slope(b_h, FAST: tl.constexpr):
-    """Twice the derivative of SiLU at z = 2 h; FAST: see ``tanh_approx``."""
-    if FAST:
-        b_t = tanh_approx(b_h)
-        return 1.0 + (b_h * (1.0 - b_t * b_t) + b_t)
-    else:
-        b_s = sigmoid(2.0 * b_h, False)
-        return 2.0 * b_s * (1.0 + 2.0 * b_h * (1.0 - b_s))
-
-
-@triton.jit
-def sums_kernel(
-    p_x,
-    p_dy,
-    p_weight,
-    p_bias,
-    p_mean,
-    p_rstd,
-    p_dz,
-    p_dzx,
-    P,
-    tiles,
-    chunks,
-    s_b,
-    s_c,
-    s_p,
-    C: tl.constexpr,
-    CG: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    EVEN: tl.constexpr,
-    LONG: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Per (sample, chunk, channel): sums of dz and of dz * xhat. Grid: B * chunks * cdiv(C, BLOCK_C)."""
-    i_c, i_chunk, i_b = place(tl.cdiv(C, BLOCK_C), chunks, False)
-    b_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = b_c < C
-    b_g = i_b * (C // CG) + b_c // CG
-    b_mean, b_rstd = per_channel(p_mean, b_g, m_c, EVEN), per_channel(p_rstd, b_g, m_c, EVEN)
-    b_weight, b_bias = per_channel(p_weight, b_c, m_c, EVEN), per_channel(p_bias, b_c, m_c, EVEN)
-    b_half_weight, b_half_bias = b_rstd * b_weight * 0.5, b_bias * 0.5
-    p_x += i_b.to(tl.int64) * s_b + (i_c * BLOCK_C).to(tl.int64) * s_c
-    p_dy += i_b.to(tl.int64) * s_b + (i_c * BLOCK_C).to(tl.int64) * s_c
-    i_x = offsets(s_c, s_p, BLOCK_P, BLOCK_C, LONG)
-    b_sum = tl.zeros([BLOCK_C], dtype=tl.float32)  # of 2 dz
-    b_off_sum = tl.zeros([BLOCK_C], dtype=tl.float32)  # of 2 dz (x - mean)
-    for i_tile in range(tiles):
-        i_first = (i_chunk * tiles + i_tile) * BLOCK_P
-        m = (i_first + tl.arange(0, BLOCK_P) < P)[:, None] & m_c[None, :]
-        b_off = load(p_x + i_first.to(tl.int64) * s_p + i_x, m, EVEN, "") - b_mean
-        b_dy = load(p_dy + i_first.to(tl.int64) * s_p + i_x, m, EVEN, "")  # 0 outside: nothing is added there
-        b_twice = b_dy * slope(b_off * b_half_weight + b_half_bias, FAST)
-        b_sum += tl.sum(b_twice, 0)
-        b_off_sum += tl.sum(b_twice * b_off, 0)
-    i_out = (i_b.to(tl.int64) * chunks + i_chunk) * C + b_c
-    store(p_dz + i_out, 0.5 * b_sum, m_c, EVEN)
-    store(p_dzx + i_out, 0.5 * b_off_sum * tl.sum(b_rstd, 0), m_c, EVEN)  # a sum over one row
-
-
-@triton.jit
-def merge_sums_kernel(
-    p_part_dz,
-    p_part_dzx,
-    p_weight,
-    p_dz,
-    p_dzx,
-    p_mean_g,
-    p_mean_gx,
-    C,
-    P,
-    G,
-    chunks,
-    CG: tl.constexpr,
-    BLOCK_CG: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Per sample: channel sums over the chunks, and the group means of dz * weight and dz * weight * xhat. Grid: B *
-    G."""
-    i_program = tl.program_id(0)
-    i_b, i_g = i_program // G, i_program % G
-    b_cg = tl.arange(0, BLOCK_CG)
-    m_c = b_cg < CG
-    b_c = i_g * CG + b_cg
-    i_base = i_b.to(tl.int64) * chunks * C
-    b_dz = tl.zeros([BLOCK, BLOCK_CG], dtype=tl.float32)
-    b_dzx = tl.zeros([BLOCK, BLOCK_CG], dtype=tl.float32)
-    for i_start in range(0, chunks, BLOCK):
-        b_k = i_start + tl.arange(0, BLOCK)
-        m = (b_k < chunks)[:, None] & m_c[None, :]
-        i_in = i_base + b_k.to(tl.int64)[:, None] * C + b_c[None, :]
-        b_dz += tl.load(p_part_dz + i_in, mask=m, other=0.0)
-        b_dzx += tl.load(p_part_dzx + i_in, mask=m, other=0.0)
-    b_dz_c, b_dzx_c = tl.sum(b_dz, 0), tl.sum(b_dzx, 0)
-    b_weight = tl.load(p_weight + b_c, mask=m_c, other=0.0).to(tl.float32)
-    n = tl.cast(P, tl.float32) * CG
-    tl.store(p_dz + i_b.to(tl.int64) * C + b_c, b_dz_c, mask=m_c)
-    tl.store(p_dzx + i_b.to(tl.int64) * C + b_c, b_dzx_c, mask=m_c)
-    tl.store(p_mean_g + i_program, tl.sum(b_dz_c * b_weight, 0) / n)
-    tl.store(p_mean_gx + i_program, tl.sum(b_dzx_c * b_weight, 0) / n)
-
-
-@triton.jit
-def parameters_kernel(p_dz, p_dzx, p_dweight, p_dbias, B, C, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr):
-    """dweight and dbias: sums over the samples. Grid: cdiv(C, BLOCK_C)."""
-    b_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    b_dz = tl.zeros([BLOCK_B, BLOCK_C], dtype=tl.float32)
-    b_dzx = tl.zeros([BLOCK_B, BLOCK_C], dtype=tl.float32)
-    for i_start in range(0, B, BLOCK_B):
-        b_b = i_start + tl.arange(0, BLOCK_B)
-        m = (b_b < B)[:, None] & (b_c < C)[None, :]
-        i_in = b_b.to(tl.int64)[:, None] * C + b_c[None, :]
-        b_dz += tl.load(p_dz + i_in, mask=m, other=0.0)
-        b_dzx += tl.load(p_dzx + i_in, mask=m, other=0.0)
-    tl.store(p_dweight + b_c, tl.sum(b_dzx, 0).to(p_dweight.dtype.element_ty), mask=b_c < C)
-    tl.store(p_dbias + b_c, tl.sum(b_dz, 0).to(p_dbias.dtype.element_ty), mask=b_c < C)
-
-
-@triton.jit
-def gradient_kernel(
-    p_x,
-    p_dy,
-    p_dx,
-    p_weight,
-    p_bias,
-    p_mean,
-    p_rstd,
-    p_mean_g,
-    p_mean_gx,
-    P,
-    s_b,
-    s_c,
-    s_p,
-    C: tl.constexpr,
-    CG: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    EVEN: tl.constexpr,
-    LONG: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """dx = rstd (dz weight - mean_g - xhat mean_gx), backwards. Grid: B * cdiv(P, BLOCK_P) * cdiv(C, BLOCK_C)."""
-    i_c, i_p, i_b = place(tl.cdiv(C, BLOCK_C), tl.cdiv(P, BLOCK_P), True)
-    b_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = b_c < C
-    m = (i_p * BLOCK_P + tl.arange(0, BLOCK_P) < P)[:, None] & m_c[None, :]
-    i_first = i_b.to(tl.int64) * s_b + (i_c * BLOCK_C).to(tl.int64) * s_c + (i_p * BLOCK_P).to(tl.int64) * s_p
-    i_x = offsets(s_c, s_p, BLOCK_P, BLOCK_C, LONG)
-    b_x = load(p_x + i_first + i_x, m, EVEN, "evict_first")
-    b_dy = load(p_dy + i_first + i_x, m, EVEN, "evict_first")
-    b_g = i_b * (C // CG) + b_c // CG
-    b_mean, b_rstd = per_channel(p_mean, b_g, m_c, EVEN), per_channel(p_rstd, b_g, m_c, EVEN)
-    b_mean_g, b_mean_gx = per_channel(p_mean_g, b_g, m_c, EVEN), per_channel(p_mean_gx, b_g, m_c, EVEN)
-    b_weight, b_bias = per_channel(p_weight, b_c, m_c, EVEN), per_channel(p_bias, b_c, m_c, EVEN)
-    b_half_weight = b_rstd * b_weight * 0.5
-    b_off = b_x - b_mean
-    b_twice = b_dy * slope(b_off * b_half_weight + b_bias * 0.5, FAST)
-    b_dx = b_twice * b_half_weight - (b_rstd * b_mean_g + b_off * (b_rstd * b_rstd * b_mean_gx))
-    store(p_dx + i_first + i_x, b_dx, m, EVEN)
-
-
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
@@ -411,10 +249,10 @@ def _tiles(channels: int, pixels: int, last: bool, itemsize: int) -> tuple[Tile,
         return CONTIGUOUS if pixels >= 512 else SMALL
     if channels <= 32:
         return NARROW
-    return tuple(t for t in CHANNELS_LAST if t.block_c <= common.pow2(channels) and _spills_nowhere(t, itemsize))
+    return tuple(t for t in CHANNELS_LAST if t.block_c <= common.pow2(channels) and spills_nowhere(t, itemsize))
 
 
-def _spills_nowhere(tile: Tile, itemsize: int) -> bool:
+def spills_nowhere(tile: Tile, itemsize: int) -> bool:
     """Whether two inputs fit in the registers: at most 128 bytes of each in a thread."""
     return tile.block_p * tile.block_c * itemsize <= 128 * 32 * tile.num_warps
 
@@ -453,7 +291,7 @@ def _groups(batch: int, sample: int, cached: int) -> tuple[Group, ...]:
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
-class _Image(NamedTuple):
+class Image(NamedTuple):
     """x in one of the two dense formats, with what every launch needs of it."""
 
     dense: Tensor
@@ -500,11 +338,11 @@ class _Image(NamedTuple):
         return (self.channels, self.pixels, "last" if self.last else "first", str(self.dense.dtype), *more)
 
 
-def _image(x: Tensor) -> _Image:
+def image_of(x: Tensor) -> Image:
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     strides = (channels * pixels, 1, channels) if last else (channels * pixels, pixels, 1)
-    return _Image(x if last else x.contiguous(), last, channels, pixels, strides)
+    return Image(x if last else x.contiguous(), last, channels, pixels, strides)
 
 
 def _merge_shape(per_group: int) -> tuple[int, int]:
@@ -513,12 +351,12 @@ def _merge_shape(per_group: int) -> tuple[int, int]:
     return block_c, max(1, min(MERGE_BLOCK, 4096 // block_c))
 
 
-def _merge_constants(per_group: int) -> dict[str, int]:
+def merge_constants(per_group: int) -> dict[str, int]:
     block_cg, block = _merge_shape(per_group)
     return {"CG": per_group, "BLOCK_CG": block_cg, "BLOCK": block, "num_warps": 4}
 
 
-def _split(samples: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def split(samples: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, whose first axis is the batch, this many samples at a time."""
     batch = tensors[0].shape[0]
     if samples >= batch:
@@ -528,7 +366,7 @@ def _split(samples: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(tensor[first : first + samples] for tensor in tensors)
 
 
-def _room(image: _Image, tile: Tile) -> Tensor:
+def room(image: Image, tile: Tile) -> Tensor:
     """Two uninitialised fp32 values per sample, chunk and channel."""
     _, chunks = image.chunks(tile)
     shape = (2, image.dense.shape[0], chunks, image.channels)
@@ -539,22 +377,22 @@ def _merge(part: Tensor, pixels: int, chunk: int, eps: float, mean: Tensor, rstd
     (batch, groups), (chunks, channels) = mean.shape, part.shape[2:]
     sizes = (channels, pixels, groups, chunk, chunks)
     merge_moments_kernel[(batch * groups,)](
-        part[0], part[1], mean, rstd, *sizes, eps, **_merge_constants(channels // groups)
+        part[0], part[1], mean, rstd, *sizes, eps, **merge_constants(channels // groups)
     )
 
 
-def _statistics(image: _Image, eps: float, mean: Tensor, rstd: Tensor, tile: Tile) -> None:
+def _statistics(image: Image, eps: float, mean: Tensor, rstd: Tensor, tile: Tile) -> None:
     """Fill ``mean`` and ``rstd`` [B, G]."""
     batch, channels, pixels = image.dense.shape[0], image.channels, image.pixels
     tiles, chunks = image.chunks(tile)
-    part = _room(image, tile)
+    part = room(image, tile)
     moments_kernel[(batch * chunks * cdiv(channels, tile.block_c),)](
         image.dense, part[0], part[1], pixels, tiles, chunks, *image.strides, **image.constants(tile)
     )
     _merge(part, pixels, tiles * tile.block_p, eps, mean, rstd)
 
 
-def _apply(image: _Image, y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, tile: Tile) -> None:
+def _apply(image: Image, y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, tile: Tile) -> None:
     """Fill ``y``, which has the strides of ``image.dense``."""
     apply_kernel[image.grid(tile)](
         image.dense,
@@ -569,7 +407,7 @@ def _apply(image: _Image, y: Tensor, weight: Tensor, bias: Tensor, mean: Tensor,
     )
 
 
-def _chosen(name: str, image: _Image, run: Callable[[Tile], object]) -> Tile:
+def chosen(name: str, image: Image, run: Callable[[Tile], object]) -> Tile:
     """The tile of a kernel that reads an image and writes sums. The bits of a sample's result depend on it, so the
     batch has no say."""
     return choose(name, image.key(), _tiles(*image.size), _reading(*image.size), run)
@@ -603,20 +441,20 @@ def moments(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
         return mean.fill_(float("nan")), rstd.fill_(float("nan"))
-    image = _image(x)
+    image = image_of(x)
     run = partial(_statistics, image, eps, mean, rstd)
-    run(_chosen("group_norm_silu.moments", image, run))
+    run(chosen("group_norm_silu.moments", image, run))
     return mean, rstd
 
 
-def _planned(names: tuple[str, str, str], image: _Image, inputs: int, run: Callable[[Tile, Tile, Group], None]) -> None:
+def planned(names: tuple[str, str, str], image: Image, inputs: int, run: Callable[[Tile, Tile, Group], None]) -> None:
     """Run both passes with chosen tiles for reading and writing and a chosen group of samples; ``inputs``: tensors of
     the size of x that both read. While tuning each choice is judged by the time of the whole."""
     batch = image.dense.shape[0]
     sample = inputs * image.channels * image.pixels * image.dense.element_size()
     groups = _groups(batch, sample, common.cache_bytes(image.dense))
     rule, group = _writing(*image.size), groups[0]
-    read = _chosen(names[0], image, lambda tile: run(tile, rule, group))
+    read = chosen(names[0], image, lambda tile: run(tile, rule, group))
     write = choose(names[1], image.key(batch), _tiles(*image.size), rule, lambda tile: run(read, tile, group))
     run(read, write, choose(names[2], image.key(batch), groups, group, lambda group: run(read, write, group)))
 
@@ -628,163 +466,67 @@ def forward(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
         return y, *moments(x, num_groups, eps)
     mean = torch.empty((x.shape[0], num_groups), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    image = _image(x)
+    image = image_of(x)
     out = y if y.stride() == image.dense.stride() else torch.empty_like(image.dense)
     weight, bias = weight.contiguous(), bias.contiguous()
 
     def run(read: Tile, write: Tile, group: Group) -> None:
-        for dense, y_rows, mean_rows, rstd_rows in _split(group.samples, image.dense, out, mean, rstd):
+        for dense, y_rows, mean_rows, rstd_rows in split(group.samples, image.dense, out, mean, rstd):
             rows = image._replace(dense=dense)
             _statistics(rows, eps, mean_rows, rstd_rows, read)
             _apply(rows, y_rows, weight, bias, mean_rows, rstd_rows, write)
 
-    _planned(("group_norm_silu.moments", "group_norm_silu.apply", "group_norm_silu.forward"), image, 1, run)
+    planned(("group_norm_silu.moments", "group_norm_silu.apply", "group_norm_silu.forward"), image, 1, run)
     return y if out is y else y.copy_(out), mean, rstd
-
-
-class _Saved(NamedTuple):
-    """What the backward's passes take besides the image."""
-
-    dy: Tensor
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    rstd: Tensor
-
-
-def _sums(image: _Image, saved: _Saved, dz: Tensor, dzx: Tensor, tile: Tile) -> Tensor:
-    """Fill ``dz`` and ``dzx`` [B, C], sums over the pixels; returns the means of both over groups, [2, B, G]."""
-    (batch, groups), channels = saved.mean.shape, image.channels
-    tiles, chunks = image.chunks(tile)
-    part = _room(image, tile)
-    sums_kernel[(batch * chunks * cdiv(channels, tile.block_c),)](
-        image.dense,
-        *saved,
-        part[0],
-        part[1],
-        image.pixels,
-        tiles,
-        chunks,
-        *image.strides,
-        **image.formula(tile, groups),
-    )
-    means = torch.empty((2, batch, groups), dtype=torch.float32, device=part.device)
-    merge_sums_kernel[(batch * groups,)](
-        part[0],
-        part[1],
-        saved.weight,
-        dz,
-        dzx,
-        means[0],
-        means[1],
-        channels,
-        image.pixels,
-        groups,
-        chunks,
-        **_merge_constants(channels // groups),
-    )
-    return means
-
-
-def _gradient(image: _Image, saved: _Saved, means: Tensor, dx: Tensor, tile: Tile) -> None:
-    """Fill ``dx``, which has the strides of ``image.dense``."""
-    gradient_kernel[image.grid(tile)](
-        image.dense,
-        saved.dy,
-        dx,
-        *saved[1:],
-        means[0],
-        means[1],
-        image.pixels,
-        *image.strides,
-        **image.formula(tile, saved.mean.shape[1]),
-    )
-
-
-def _both_passes(image: _Image, saved: _Saved, sums: Tensor, dx: Tensor) -> None:
-    """Fill ``sums`` [2, B, C], of dz and of dz xhat over the pixels, and ``dx``."""
-
-    def run(read: Tile, write: Tile, group: Group) -> None:
-        tensors = (image.dense, dx, sums[0], sums[1], saved.dy, saved.mean, saved.rstd)
-        for dense, dx_rows, dz, dzx, dy, mean, rstd in _split(group.samples, *tensors):
-            rows, kept = image._replace(dense=dense), saved._replace(dy=dy, mean=mean, rstd=rstd)
-            means = _sums(rows, kept, dz, dzx, read)
-            _gradient(rows, kept, means, dx_rows, write)
-
-    _planned(("group_norm_silu.sums", "group_norm_silu.gradient", "group_norm_silu.backward"), image, 2, run)
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    mean: Tensor,
-    rstd: Tensor,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and dbias; the arguments are those of ``snapgen::group_norm_silu_backward``."""
-    dx = torch.empty_like(x) if needs[0] else dy.new_empty(0)
-    dweight, dbias = torch.empty_like(weight.contiguous()), torch.empty_like(bias.contiguous())
-    if x.numel() == 0:
-        return dx, dweight.zero_() if needs[1] else dy.new_empty(0), dbias.zero_() if needs[2] else dy.new_empty(0)
-    image = _image(x)
-    batch, channels = x.shape[:2]
-    dy = dy.contiguous(memory_format=torch.channels_last if image.last else torch.contiguous_format)
-    weight, bias = weight.contiguous(), bias.contiguous()
-    sums = torch.empty((2, batch, channels), dtype=torch.float32, device=x.device)
-
-    saved = _Saved(dy, weight, bias, mean, rstd)
-    if needs[0]:
-        out = dx if dx.stride() == image.dense.stride() else torch.empty_like(image.dense)
-        _both_passes(image, saved, sums, out)
-        dx = dx if out is dx else dx.copy_(out)
-    else:
-        alone = partial(_sums, image, saved, sums[0], sums[1])
-        alone(_chosen("group_norm_silu.sums", image, alone))
-    if needs[1] or needs[2]:
-        parameters_kernel[(cdiv(channels, 64),)](
-            sums[0], sums[1], dweight, dbias, batch, channels, BLOCK_B=16, BLOCK_C=64, num_warps=4
-        )
-    return dx, dweight if needs[1] else dy.new_empty(0), dbias if needs[2] else dy.new_empty(0)
 
 
 # ---- compiling without a GPU -----------------------------------------------------------------------------------------
 
 
-def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
-    """Every launch that the tiles allow, for activations of ``dtype`` and fp32 parameters."""
-    found = [Build(parameters_kernel, {"BLOCK_B": 16, "BLOCK_C": 64}, {}, {"num_warps": 4})]
-    for per_group in (1, 8, 28):
-        constants = _merge_constants(per_group)
-        options = {"num_warps": constants.pop("num_warps")}
-        found += [Build(kernel, constants, {}, options) for kernel in (merge_moments_kernel, merge_sums_kernel)]
-    fast = nvidia and dtype == torch.bfloat16
+Listing = Callable[..., list[Build]]
+
+
+def tile_builds(listed: Listing, dtype: torch.dtype) -> list[Build]:
+    """Every launch of kernels that read images, for activations of ``dtype`` and fp32 parameters. ``listed`` gives
+    those of a tile, of the sizes that are multiples of 16, and of constants."""
+    found: list[Build] = []
     for even in (True, False):
-        for tile in (*(t for t in CHANNELS_LAST if _spills_nowhere(t, dtype.itemsize)), *NARROW):
-            found += _tile_builds(dtype, tile, ("P", "s_b", "s_p"), fast, s_c=1, EVEN=even, LONG=False)
+        for tile in (*(t for t in CHANNELS_LAST if spills_nowhere(t, dtype.itemsize)), *NARROW):
+            found += listed(tile, ("P", "s_b", "s_p"), s_c=1, EVEN=even, LONG=False)
         for tile in (*CONTIGUOUS, *SMALL):
-            found += _tile_builds(dtype, tile, ("P", "s_b", "s_c"), fast, s_p=1, EVEN=even, LONG=False)
-    found += _tile_builds(dtype, CONTIGUOUS[0], ("P", "s_b", "s_c"), fast, s_p=1, EVEN=False, LONG=True)
-    # One pixel: Triton makes arguments of 1 constants.
-    single = [*found[1:3], *_tile_builds(dtype, SMALL[0], (), fast, EVEN=False, LONG=False)]
+            found += listed(tile, ("P", "s_b", "s_c"), s_p=1, EVEN=even, LONG=False)
+    found += listed(CONTIGUOUS[0], ("P", "s_b", "s_c"), s_p=1, EVEN=False, LONG=True)
+    return found
+
+
+def merge_builds(kernel: Any) -> list[Build]:
+    """A merging kernel, for groups of one channel and of the model's."""
+    found: list[Build] = []
+    for per_group in (1, 8, 28):
+        constants = merge_constants(per_group)
+        options = {"num_warps": constants.pop("num_warps")}
+        found.append(Build(kernel, constants, {}, options))
+    return found
+
+
+def single(listed: Listing, merging: Build) -> list[Build]:
+    """The launches for one pixel: Triton makes arguments of 1 constants."""
     ones = ("P", "G", "chunk", "chunks", "tiles", "s_b", "s_c", "s_p")
-    return found + [
+    return [
         build._replace(constants={**build.constants, **{name: 1 for name in ones if name in build.kernel.arg_names}})
-        for build in single
+        for build in [merging, *listed(SMALL[0], (), EVEN=False, LONG=False)]
     ]
 
 
-def _tile_builds(dtype: torch.dtype, tile: Tile, sizes: tuple[str, ...], fast: bool, **constants: Any) -> list[Build]:
-    """The four kernels that read images."""
-    images = {
-        apply_kernel: ("p_x", "p_y"),
-        sums_kernel: ("p_x", "p_dy"),
-        gradient_kernel: ("p_x", "p_dy", "p_dx"),
-    }
-    return [common.build(moments_kernel, dtype, ("p_x",), tile, sizes, C=256, **constants)] + [
-        common.build(kernel, dtype, pointers, tile, sizes, C=256, CG=8, FAST=fast, **constants)
-        for kernel, pointers in images.items()
-    ]
+def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
+    """Every kernel of this file in every tile that its launchers may choose."""
+    fast = nvidia and dtype == torch.bfloat16
+
+    def listed(tile: Tile, sizes: tuple[str, ...], **constants: Any) -> list[Build]:
+        return [
+            common.build(moments_kernel, dtype, ("p_x",), tile, sizes, C=256, **constants),
+            common.build(apply_kernel, dtype, ("p_x", "p_y"), tile, sizes, C=256, CG=8, FAST=fast, **constants),
+        ]
+
+    merging = merge_builds(merge_moments_kernel)
+    return [*merging, *tile_builds(listed, dtype), *single(listed, merging[0])]

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from snapgen_kernels._triton import common, tuning
-from snapgen_kernels._triton import group_norm_silu as kernels
+from snapgen_kernels._triton import common, group_norm_silu, group_norm_silu_backward, tuning
 from snapgen_kernels._triton.common import Build
 from snapgen_kernels._triton.depthwise import Affine
 from snapgen_kernels._triton.weight_gradient import new_parts
@@ -154,8 +153,8 @@ def merged(parts: Tensor, norm: Affine, pixels: int) -> tuple[Tensor, Tensor]:
     per_group = channels // norm.num_groups
     sums, means = new_parts(parts, 2, batch, channels), new_parts(parts, 2, batch, norm.num_groups)
     block_c = common.pow2(per_group)
-    block = max(1, min(kernels.MERGE_BLOCK, 4096 // block_c))
-    kernels.merge_sums_kernel[(batch * norm.num_groups,)](
+    block = max(1, min(group_norm_silu.MERGE_BLOCK, 4096 // block_c))
+    group_norm_silu_backward.merge_sums_kernel[(batch * norm.num_groups,)](
         parts[0], parts[1], norm.weight, sums[0], sums[1], means[0], means[1],
         channels, pixels, norm.num_groups, count, CG=per_group, BLOCK_CG=block_c, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -166,7 +165,7 @@ def parameters(sums: Tensor, norm: Affine) -> tuple[Tensor, Tensor]:
     """The gradients of the norm's weight and bias of the sums over the pixels, [2, B, C]."""
     dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
     _, batch, channels = sums.shape
-    kernels.parameters_kernel[(common.cdiv(channels, 64),)](
+    group_norm_silu_backward.parameters_kernel[(common.cdiv(channels, 64),)](
         sums[0], sums[1], dweight, dbias, batch, channels, BLOCK_B=16, BLOCK_C=64, num_warps=4
     )
     return dweight, dbias

@@ -269,20 +269,40 @@ def forward(
 
 
 def variants() -> list[dict[str, Any]]:
-    """The model's calls: self-attention, and cross-attention without rotation."""
-    plain: dict[str, Any] = {"p_cos": None, "p_sin": None}
-    return [{"NORM": True, "ROPE": True}, {"NORM": True, "ROPE": False, **plain}]
+    """The model's calls: self-attention, and cross-attention without rotation; rotation alone."""
+    return [
+        {"NORM": True, "ROPE": True},
+        {"NORM": True, "ROPE": False, "p_cos": None, "p_sin": None},
+        {"NORM": False, "ROPE": True, "p_wq": None, "p_wk": None},
+    ]
 
 
-def tiles(configs: tuple[Config, ...]) -> list[Tile]:
-    """The configs with the model's head and with a wider one."""
-    return [Tile(config.values // columns, columns, config.num_warps) for config in configs for columns in (64, 128)]
+def head_builds(
+    kernel: Any, dtype: torch.dtype, images: tuple[str, ...], configs: tuple[Config, ...], **constants: Any
+) -> list[Build]:
+    """A kernel in every config, for the model's head and for a wider one."""
+    return [
+        common.build(kernel, dtype, images, Tile(values // columns, columns, warps), ("D",), EVEN_D=True, **constants)
+        for values, warps in configs
+        for columns in (64, 128)
+    ]
+
+
+def uneven_builds(
+    kernel: Any, dtype: torch.dtype, images: tuple[str, ...], configs: tuple[Config, ...], **constants: Any
+) -> list[Build]:
+    """For heads of 40 and 200, which fill no tile; nor are their rows whole vectors."""
+    return [
+        common.build(
+            kernel, dtype, images, Tile(values // columns, columns, warps), (), vector=4, EVEN_D=False, **constants
+        )
+        for values, warps in configs
+        for columns in (64, 256)
+    ]
 
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The kernel in every config that the launcher may choose."""
-    return [
-        common.build(norm_rope_kernel, dtype, ("p_q", "p_k", "p_yq", "p_yk"), tile, ("D",), EVEN_D=True, **variant)
-        for tile in tiles(CONFIGS)
-        for variant in variants()
-    ]
+    images = ("p_q", "p_k", "p_yq", "p_yk")
+    found = [b for variant in variants() for b in head_builds(norm_rope_kernel, dtype, images, CONFIGS, **variant)]
+    return [*found, *uneven_builds(norm_rope_kernel, dtype, images, CONFIGS, **variants()[0])]

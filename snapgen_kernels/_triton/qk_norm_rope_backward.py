@@ -256,17 +256,18 @@ def backward(
 
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """Every kernel of this file in every config that its launchers may choose."""
-    images = ("p_q", "p_k", "p_dyq", "p_dyk", "p_dq", "p_dk")
+    kernel, images = norm_rope_backward_kernel, ("p_q", "p_k", "p_dyq", "p_dyk", "p_dq", "p_dk")
     unmasked: dict[str, Any] = {"p_mask": None}
+    # Without a norm there are no weights to be given gradients.
+    unnormed: dict[str, Any] = {"p_parts_q": None, "p_parts_k": None}
+    rotated, plain, alone = kernels.variants()
     found = [
-        common.build(norm_rope_backward_kernel, dtype, images, tile, ("D",), EVEN_D=True, **unmasked, **variant)
-        for tile in kernels.tiles(CONFIGS)
-        for variant in kernels.variants()
+        *kernels.head_builds(kernel, dtype, images, CONFIGS, **unmasked, **rotated),
+        *kernels.head_builds(kernel, dtype, images, CONFIGS, **unmasked, **plain),
+        *kernels.head_builds(kernel, dtype, images, CONFIGS, **unmasked, **unnormed, **alone),
+        *kernels.head_builds(kernel, dtype, images, CONFIGS, **plain),
+        *kernels.head_builds(kernel, dtype, images, CONFIGS, **rotated),
+        *kernels.uneven_builds(kernel, dtype, images, CONFIGS, **rotated),
     ]
-    for tile in kernels.tiles(CONFIGS):
-        # Cross-attention to masked keys.
-        masked = common.build(
-            norm_rope_backward_kernel, dtype, images, tile, ("D",), EVEN_D=True, **kernels.variants()[1]
-        )
-        found.append(masked._replace(pointers={**masked.pointers, "p_mask": "u8"}))
+    found = [build._replace(pointers={**build.pointers, "p_mask": "u8"}) for build in found]
     return [*found, common.build(add_weights_kernel, dtype, (), ADD_CONFIG, ("D",))]

@@ -158,10 +158,13 @@ def weight_gradient_kernel(
 
 
 @triton.jit
-def add_parts_kernel(p_parts, p_out, parts, n, inner, s_outer, s_inner, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+def add_parts_kernel(
+    p_parts, p_out, p_second, parts, n, inner, s_outer, s_inner, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
+):
     """out[i] = the sum of ``parts`` parts of n values; value i goes to (i // inner) * s_outer + (i % inner) * s_inner.
 
-    Grid: sets of parts * cdiv(n, BLOCK); the outputs of the sets lie side by side.
+    Grid: sets of parts * cdiv(n, BLOCK); the outputs of the sets lie side by side, or, unless p_second is None, that of
+    the second of two there.
     """
     blocks = tl.cdiv(n, BLOCK)
     b_i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -172,8 +175,14 @@ def add_parts_kernel(p_parts, p_out, parts, n, inner, s_outer, s_inner, BLOCK_S:
     for i_start in range(0, parts, BLOCK_S):
         m = (b_s < parts - i_start)[:, None] & (b_i < n)[None, :]
         b_sum += tl.load(p_parts + (i_start + b_s).to(tl.int64)[:, None] * n + b_i[None, :], mask=m, other=0.0)
-    b_out = i_set * n + (b_i // inner) * s_outer + (b_i % inner) * s_inner
-    tl.store(p_out + b_out, tl.sum(b_sum, 0).to(p_out.dtype.element_ty), mask=b_i < n)
+    b_out = (b_i // inner) * s_outer + (b_i % inner) * s_inner
+    b_total = tl.sum(b_sum, 0).to(p_out.dtype.element_ty)
+    if p_second is None:
+        tl.store(p_out + i_set * n + b_out, b_total, mask=b_i < n)
+    elif i_set == 0:
+        tl.store(p_out + b_out, b_total, mask=b_i < n)
+    else:
+        tl.store(p_second + b_out, b_total, mask=b_i < n)
 
 
 @triton.jit
@@ -203,17 +212,26 @@ def new_parts(like: Tensor, *shape: int) -> Tensor:
 
 
 def add_parts(
-    parts: Tensor, out: Tensor, *, sets: int = 1, inner: int | None = None, strides: tuple[int, int] = (0, 1)
+    parts: Tensor,
+    out: Tensor,
+    second: Tensor | None = None,
+    *,
+    sets: int = 1,
+    inner: int | None = None,
+    strides: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Fill ``out`` with the sums of ``parts``, [sets * any, n] in contiguous memory; returns ``out``.
 
-    ``inner`` and ``strides`` say where value i of n goes in ``out`` (see :func:`add_parts_kernel`); else to i.
+    ``second``: what the second of two sets goes to, of the dtype of ``out``. ``inner`` and ``strides`` say where value
+    i of n goes in ``out`` (see :func:`add_parts_kernel`); else to i.
     """
+    sets = sets if second is None else 2
     total, n = parts.shape[0] // sets, parts[0].numel()
     config = ADD_CONFIGS[1 if total > 64 and n <= 1 << 16 else 0]
     add_parts_kernel[(sets * common.cdiv(n, config.block),)](
         parts,
         out,
+        second,
         total,
         n,
         n if inner is None else inner,
@@ -371,7 +389,9 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                     )
                 )
     for add in ADD_CONFIGS:
-        found.append(common.build(add_parts_kernel, dtype, ("p_out",), add, ("n", "inner"), s_inner=1))
+        alone: dict[str, Any] = {"p_second": None}
+        found.append(common.build(add_parts_kernel, dtype, ("p_out",), add, ("n", "inner"), s_inner=1, **alone))
+        found.append(common.build(add_parts_kernel, dtype, ("p_out", "p_second"), add, ("n", "inner"), s_inner=1))
     for shape in SUMS_CONFIGS:
         found.append(common.build(channel_sums_kernel, dtype, ("p_x",), shape, ("C",)))
     return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import math
 import os
 import pkgutil
@@ -62,6 +63,11 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 * 1024, r"\bUTC\w*MMA\b|\btcgen05\.mma"),
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024, r"\bv_mfma_"),
 }
+# GPUs with less shared memory (sm_86 and sm_89, sm_120).
+SMALLER = {
+    "sm_89": Target("cuda", 89, 32, 99 * 1024, SMALL_PRODUCT),
+    "sm_120": Target("cuda", 120, 32, 99 * 1024, SMALL_PRODUCT),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COMBINATIONS = [*((target, "bf16") for target in TARGETS), ("sm_90", "fp16"), ("sm_90", "fp32")]
 FLOATS = ("eps", "scale")
@@ -111,7 +117,22 @@ def _cases() -> Iterator[Any]:
                     yield pytest.param(target, build, ordinary, id=name, marks=marks)
 
 
+def _smaller_cases() -> Iterator[Any]:
+    """Every kernel with products, which are what takes shared memory; the largest tiles alone in an ordinary run."""
+    for file in _files():
+        for target, dtype in itertools.product(SMALLER, ("bf16", "fp32")):
+            listed = [build for build in _builds(file, dtype, True) if build.products and build.only == 0]
+            builds = [build for build in listed if build.shared <= SMALLER[target].shared]
+            largest = {_name(build.kernel): build for build in sorted(builds, key=_tile)}
+            for index, build in enumerate(builds):
+                ordinary = (target, dtype) == ("sm_89", "bf16") and build is largest[_name(build.kernel)]
+                short = file.__name__.rpartition(".")[2]
+                name = f"{short}-{_name(build.kernel)}-{index}-{target}-{dtype}"
+                yield pytest.param(target, build, id=name, marks=() if ordinary else pytest.mark.complete)
+
+
 CASES = [] if MISSING or INTERPRETED else list(_cases())
+SMALLER_CASES = [] if MISSING or INTERPRETED else list(_smaller_cases())
 
 
 def compiled(build: Build, target: Target) -> Any:
@@ -179,6 +200,14 @@ def test_machine_code(target: str, build: Build, disassemble: bool, tmp_path: Pa
         assert re.search(_tensor_core(build, goal), code), "products do not run on tensor cores"
     if nvidia and build.vector > 4 and build.divisible and IMAGES & set(build.kernel.arg_names) - set(build.constants):
         assert re.search(LOADS[build.vector], code), f"no {build.vector}-byte loads"
+
+
+@pytest.mark.parametrize(("target", "build"), SMALLER_CASES)
+def test_shared_memory_of_smaller_gpus(target: str, build: Build) -> None:
+    """Of what they launch; a few registers that spill there would cost time alone."""
+    goal = SMALLER[target]
+    found = compiled(build, goal)
+    assert found.metadata.shared <= goal.shared, f"{found.metadata.shared} bytes of shared memory"
 
 
 def _tensor_core(build: Build, goal: Target) -> str:

@@ -51,6 +51,9 @@ def _stream_of(case: Case) -> str:
 
 
 FIRST = [replace(_first(op), dtype=dtype) for op in OPS for dtype in FLOATS]
+# Attention launches other kernels where keys are masked, and where there is rotation without a norm.
+MORE = [case for op in OPS if op == "attention" for case in small_cases(op) if case.name in ("masked", "rope-only")]
+FIRST += MORE
 PLAIN = [case for case in FIRST if case.dtype == torch.float32]
 # The model's first and last stage, its self-attention and a cross-attention of many queries.
 NAMES = ("256ch-128", "896ch-32", "896-2688-1024", "self-14x64-1024", "cross-14x64-333", "cross-8x64-4096-333")
@@ -138,7 +141,7 @@ def test_compiles_as_one_graph(case: Case, backend: str) -> None:
     checks.check_compile(case, DEVICE, backend)
 
 
-# PyTorch's own attention does without tf32 and sets no bound for it.
+# PyTorch's own attention does without tf32 and sets no bound for it: see the next test.
 @pytest.mark.parametrize("op", [op for op in OPS if op != "attention"])
 def test_tf32_only_where_pytorch_would(op: str) -> None:
     """Allowed: within the bound of PyTorch's own tf32. Not allowed: the test above, against fp32."""
@@ -150,6 +153,35 @@ def test_tf32_only_where_pytorch_would(op: str) -> None:
         checks.check_gradients(case, DEVICE, case.spec.registered)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.skipif("attention" not in OPS, reason="has no GPU kernel")
+@pytest.mark.parametrize(
+    "dims", [{"M": 77, "mask": 1}, {"M": 77}, {"M": 70, "rope": 1}], ids=["masked", "cross", "self"]
+)
+@pytest.mark.parametrize("dim", [64, 100, 128])
+def test_attention_in_tf32(dim: int, dims: dict[str, int]) -> None:
+    """Every config, forward and backward; the bound is that of the formula written out, whose products PyTorch runs in
+    tf32."""
+    case = Case("attention", "tf32", {"B": 2, "N": 70, "H": 3, "D": dim, **dims})
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        choices = configs.choices_of(case, DEVICE)
+        assert {choice[-1][0] for choice in choices} >= {
+            "attention", "attention_query_gradient", "attention_key_gradient"
+        }  # fmt: skip
+        inputs = case.inputs(DEVICE, requires_grad=True)
+        plain = checks.run(case, case.spec.reference, inputs)
+        exact = checks.run(case, case.spec.reference, checks.in_double(inputs))
+        for choice in choices:
+            with configs.forced(choice):
+                mine = checks.run(case, case.spec.registered, inputs)
+            for name, value in exact.items():
+                checks.assert_close(f"{choice}: {name}", mine[name], plain[name], value)
+    finally:
+        matmul.fp32_precision = before
 
 
 # ---- memory formats and reasons --------------------------------------------------------------------------------------
@@ -178,8 +210,9 @@ def test_the_output_keeps_the_memory_format(op: str, layout: str) -> None:
     assert [o.stride() for o in mine] == [o.stride() for o in fake]
 
 
+# Not "masked": its last sample has no key, and is zero whatever its queries are.
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", [case for case in FIRST if case.name != "masked"], ids=str)
 def test_nan_and_inf_reach_their_own_sample_alone(case: Case, value: float) -> None:
     case = replace(case, dims={**case.dims, "B": 2})
     inputs = case.inputs(DEVICE)
@@ -327,16 +360,19 @@ def _check_repeated(case: Case, times: int) -> None:
             assert error <= allowed, f"{name}: error {error:.3g}; allowed {allowed:.3g}"
 
 
+def _needs_memory(wanted: int) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if free < wanted:
+        pytest.skip(f"needs {wanted / 2**30:.0f} GiB of GPU memory; {free / 2**30:.0f} GiB are free")
+
+
 @pytest.mark.parametrize("op", [op for op in OPS if op in LARGE])
 def test_indices_past_2_to_the_31(op: str) -> None:
     dims, factor = LARGE[op]
     case = Case(op, "large", {"B": 1, "H": TILE, **dims}, torch.bfloat16)
     times = math.ceil(LIMIT / (dims["C"] * TILE * dims["W"])) + 1
-    wanted = factor * times * dims["C"] * TILE * dims["W"] * 2
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
-    if free < wanted:
-        pytest.skip(f"needs {wanted / 2**30:.0f} GiB of GPU memory; {free / 2**30:.0f} GiB are free")
+    _needs_memory(factor * times * dims["C"] * TILE * dims["W"] * 2)
     _check_repeated(case, times)
     torch.cuda.empty_cache()
 
@@ -347,16 +383,58 @@ def test_geglu_of_more_than_2_to_the_31_values(keep: int) -> None:
     """The last tokens of many are those of few, to the last bit."""
     dims = {"B": 1, "C": 16, "F": 64, "keep": keep}
     few, many = 1 << 13, LIMIT // 128 + (1 << 13)
-    wanted = 8 * many * 128 * 2
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
-    if free < wanted:
-        pytest.skip(f"needs {wanted / 2**30:.0f} GiB of GPU memory; {free / 2**30:.0f} GiB are free")
+    _needs_memory(8 * many * 128 * 2)
     case = Case("geglu", "large", {**dims, "N": few}, torch.bfloat16)
     inputs = case.inputs(DEVICE, requires_grad=True)
     long = {**inputs, "x": inputs["x"].detach().repeat(1, many // few, 1).requires_grad_()}
     for mine, right in zip(_image_gradients(case, long), _image_gradients(case, inputs), strict=True):
         assert torch.equal(mine[:, -few:], right) and torch.equal(mine[:, :few], right)
+    torch.cuda.empty_cache()
+
+
+# Tokens of more than 2^31 numbers: sizes, what is repeated, bytes that the test takes for each number of q.
+LONG = {
+    "attention": ({"H": 14, "D": 64, "M": 77}, ("q",), 24),
+    "qk_norm_rope": ({"H": 1, "D": 64, "rope": 1}, ("q", "k", "cos", "sin"), 48),
+}
+
+
+def _check_repeated_tokens(op: str, few: int, times: int) -> None:
+    """The first and the last tokens of many are those of few, to the last bit; sums over them are so many times as
+    large, but for rounding."""
+    dims, names, _ = LONG[op]
+    case = Case(op, "long", {"B": 1, "N": few, "M": few, **dims}, torch.bfloat16)
+    inputs = case.inputs(DEVICE, requires_grad=True)
+    many = dict(inputs)
+    for name in names:
+        value = inputs[name].detach()
+        axis = value.dim() - 2 if name in ("k", "cos", "sin") else 1
+        shape = [times if i == axis else 1 for i in range(value.dim())]
+        many[name] = value.repeat(shape).requires_grad_(inputs[name].requires_grad)
+
+    def both(tensors: Inputs) -> dict[str, Tensor]:
+        outputs = checks.outputs_of(case.spec.registered(tensors))
+        leaves = checks.leaves_of(case, tensors)
+        found = torch.autograd.grad(outputs, list(leaves.values()), [o.detach() for o in outputs])
+        return {f"output {i}": o.detach() for i, o in enumerate(outputs)} | dict(zip(leaves, found, strict=True))
+
+    small, large = both(inputs), both(many)
+    for name, right in small.items():
+        mine = large[name]
+        if mine.shape != right.shape:
+            assert torch.equal(mine[:, -few:], right) and torch.equal(mine[:, :few], right), name
+            continue
+        allowed = 4 * torch.finfo(right.dtype).eps * right.abs().max().item()
+        error = (mine.float() / times - right.float()).abs().max().item()
+        assert error <= allowed, f"{name}: error {error:.3g}; allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op in LONG])
+def test_tokens_past_2_to_the_31_values(op: str) -> None:
+    few, per_token = 1 << 13, LONG[op][0]["H"] * LONG[op][0]["D"]
+    times = LIMIT // (few * per_token) + 1
+    _needs_memory(LONG[op][2] * times * few * per_token)
+    _check_repeated_tokens(op, few, times)
     torch.cuda.empty_cache()
 
 
@@ -376,24 +454,48 @@ def test_gelu_everywhere(dtype: torch.dtype) -> None:
     assert torch.equal(mine[0, gates.float() > 6, 0], gates[gates.float() > 6])
 
 
+def _exact_attention(inputs: Inputs, upstream: Tensor, step: int) -> dict[str, Tensor]:
+    """Output and gradients in fp64, ``step`` tokens of queries at a time: all at once, scores would fill no GPU."""
+    wide = checks.in_double(inputs)
+    k, v, q_weight, k_weight = (wide[name] for name in ("k", "v", "q_weight", "k_weight"))
+    cos, sin = wide["cos"], wide["sin"]
+    outputs, queries = [], []
+    sums = [torch.zeros_like(t) for t in (k, v, q_weight, k_weight)]
+    for first in range(0, upstream.shape[1], step):
+        rows = slice(first, first + step)
+        q = wide["q"][:, rows].detach().requires_grad_()
+        ends = [None if t is None else t[rows] for t in (cos, sin)]
+        ready = qk_norm_rope_reference(q, q[:, :, 0], q_weight, k_weight, *ends)[0]
+        keys = qk_norm_rope_reference(k[:, :, None], k, q_weight, k_weight, cos, sin)[1]
+        o = attention_reference(ready, keys, v)
+        dq, *rest = torch.autograd.grad(o, (q, k, v, q_weight, k_weight), upstream[:, rows].double())
+        outputs.append(o.detach())
+        queries.append(dq)
+        for total, part in zip(sums, rest, strict=True):
+            total += part
+    found = (torch.cat(outputs, 1), torch.cat(queries, 1), *sums)
+    names = ("output 0", *(f"gradient of {name}" for name in ("q", "k", "v", "q_weight", "k_weight")))
+    return dict(zip(names, (t.detach() for t in found), strict=True))
+
+
+def _check_long_attention(tokens: int, heads: int, rope: int, step: int) -> None:
+    dims = {"B": 1, "N": tokens, "H": heads, "D": 64, "M": tokens, "rope": rope}
+    case = Case("attention", "long", dims, torch.bfloat16)
+    inputs = case.inputs(DEVICE, requires_grad=True)
+    mine, plain = (checks.run(case, function, inputs) for function in (case.spec.registered, case.spec.eager))
+    exact = _exact_attention(inputs, checks.upstream_of((mine["output 0"],))[0], step)
+    assert exact.keys() == mine.keys()
+    for name, value in exact.items():
+        checks.assert_close(name, mine[name], plain[name], value)
+
+
 @pytest.mark.skipif("attention" not in OPS, reason="attention has no GPU kernels")
 @pytest.mark.parametrize("rope", [0, 1])
 def test_65536_tokens(rope: int) -> None:
-    """The last queries of many against the reference; gradients are finite."""
-    case = Case("attention", "long", {"B": 1, "N": 65536, "H": 14, "D": 64, "M": 65536, "rope": rope}, torch.bfloat16)
-    inputs = case.inputs(DEVICE, requires_grad=True)
-    long = checks.run(case, case.spec.registered, inputs)
-    assert all(value.isfinite().all() for value in long.values())
-    names = ("q", "k", "v", "q_weight", "k_weight")
-    tables = [inputs[name] for name in ("cos", "sin")]
-
-    def last(dtype: torch.dtype) -> Tensor:
-        q, k, v, *weights = (inputs[name].detach().to(dtype) for name in names)
-        q, ends = q[:, -256:], [None if t is None else t[-256:] for t in tables]
-        ready = qk_norm_rope_reference(q, q[:, :, 0], *weights, *ends)[0]
-        return attention_reference(ready, qk_norm_rope_reference(k[:, :, None], k, *weights, *tables)[1], v)
-
-    checks.assert_close("last queries", long["output 0"][:, -256:], last(torch.bfloat16), last(torch.float64))
+    """Output and every gradient within the bound, fp64 a few thousand rows at a time."""
+    _needs_memory(40 << 30)
+    _check_long_attention(65536, 14, rope, step=256)
+    torch.cuda.empty_cache()
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        from snapgen_kernels._triton import group_norm_silu as kernels
+        from snapgen_kernels._triton import group_norm_silu_backward as kernels
 
         x, weight, bias, mean, rstd = ctx.saved_tensors
         groups, eps = ctx.rest
@@ -137,7 +137,7 @@ def test_long_offsets(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, layo
     case = Case(NAME, "long", DIMS, layout=layout)
     short = _results(case)
     monkeypatch.setattr(kernels, "MAX_OFFSET", 0)
-    assert kernels._image(case.inputs()["x"]).constants(kernels.SMALL[0])["LONG"]
+    assert kernels.image_of(case.inputs()["x"]).constants(kernels.SMALL[0])["LONG"]
     for name, value in _results(case).items():
         assert torch.equal(value, short[name]), name
 
@@ -145,11 +145,11 @@ def test_long_offsets(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, layo
 @inside
 def test_the_fast_formulas(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an exact tanh in place of the instruction, which the interpreter has not."""
-    from snapgen_kernels._triton import common
+    from snapgen_kernels._triton import common, group_norm_silu_backward
     from tests.ops.interpreter import exact_tanh
 
     monkeypatch.setattr(common, "tanh_approx", exact_tanh)
-    monkeypatch.setattr(kernels, "tanh_approx", exact_tanh)
+    monkeypatch.setattr(group_norm_silu_backward, "tanh_approx", exact_tanh)
     called: list[torch.dtype] = []
     monkeypatch.setattr(common, "fast", lambda dtype: called.append(dtype) or True)
     checks.check_gradients(Case(NAME, "fast", DIMS, torch.bfloat16), function=_call)
@@ -182,14 +182,16 @@ def test_merging_chunks_of_a_producer(kernels: ModuleType) -> None:
 @inside
 def test_frozen_inputs(kernels: ModuleType) -> None:
     """Each gradient alone equals that of a full backward."""
+    from snapgen_kernels._triton.group_norm_silu_backward import backward
+
     case = Case(NAME, "needs", DIMS)
     inputs = case.inputs()
     _, mean, rstd = kernels.forward(*case.spec.arguments(inputs))
     arguments = (torch.ones_like(inputs["x"]), *case.spec.arguments(inputs), mean, rstd)
-    full = kernels.backward(*arguments, [True] * 3)
+    full = backward(*arguments, [True] * 3)
     for index in range(3):
         needs = [index == other for other in range(3)]
-        found = kernels.backward(*arguments, needs)
+        found = backward(*arguments, needs)
         for other in range(3):
             assert torch.equal(found[other], full[other]) if needs[other] else found[other].numel() == 0
 
@@ -217,8 +219,8 @@ def test_tuning(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     groups = len(kernels._groups(3, 1, 100))
     assert count == 4 * tiles + 2 * groups
     measured = count
-    image = kernels._image(case.inputs()["x"])
-    assert kernels._chosen(f"{NAME}.moments", image, print) == kernels._tiles(40, 63, True, 4)[-1]
+    image = kernels.image_of(case.inputs()["x"])
+    assert kernels.chosen(f"{NAME}.moments", image, print) == kernels._tiles(40, 63, True, 4)[-1]
     checks.check_gradients(case, function=_call)
     assert count == measured, "an ordinary call measures nothing"
 
@@ -229,12 +231,17 @@ def test_tuning(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.mark.parametrize("channels", [1, 8, 32, 33, 48, 64, 65, 96, 256, 320, 896, 1792])
 def test_rules_choose_among_compiled_candidates(channels: int, last: bool, dtype: torch.dtype) -> None:
     from snapgen_kernels._triton import group_norm_silu as kernels
+    from snapgen_kernels._triton import group_norm_silu_backward
 
-    compiled = {
-        (build.constants["BLOCK_P"], build.constants["BLOCK_C"], build.options["num_warps"], "s_c" in build.constants)
-        for build in kernels.builds(dtype, True)
-        if build.divisible
-    }
+    def listed(file: ModuleType) -> set[tuple[Any, ...]]:
+        return {
+            (c["BLOCK_P"], c["BLOCK_C"], build.options["num_warps"], "s_c" in c)
+            for build in file.builds(dtype, True)
+            if build.divisible
+            for c in [build.constants]
+        }
+
+    compiled = listed(kernels) & listed(group_norm_silu_backward)
     for pixels in (1, 63, 512, 1024, 16384):
         size = (channels, pixels, last, dtype.itemsize)
         assert kernels._reading(*size) in kernels._tiles(*size)

@@ -28,7 +28,7 @@ inside = pytest.mark.skipif(not INSIDE, reason="runs in the processes that test_
 
 # The files of snapgen_kernels/_triton with an op's forward and backward.
 FILES = {
-    "group_norm_silu": ("group_norm_silu", "group_norm_silu"),
+    "group_norm_silu": ("group_norm_silu", "group_norm_silu_backward"),
     "sepconv": ("sepconv", "sepconv_backward"),
     "resblock": ("resblock", "resblock_backward"),
     "geglu": ("geglu", "geglu"),

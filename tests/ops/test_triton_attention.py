@@ -122,11 +122,12 @@ def _gradients(o: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
 @inside
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("scale", [0.0, 1e-3, -0.25, -40.0, 1000.0])
-@pytest.mark.parametrize("masked", [False, True])
-def test_scales_of_any_size_and_sign(scale: float, normed: bool, masked: bool) -> None:
-    q, k, v = _inputs(keys=128)
+@pytest.mark.parametrize("kind", ["whole", "tail", "masked"])
+def test_scales_of_any_size_and_sign(scale: float, normed: bool, kind: str) -> None:
+    keys = 99 if kind == "tail" else 128
+    q, k, v = _inputs(keys=keys)
     ones = torch.ones(16) if normed else None
-    mask = torch.arange(128).expand(2, -1) < 99 if masked else None
+    mask = torch.arange(keys).expand(2, -1) < 99 if kind == "masked" else None
     wide = None if ones is None else ones.double()
     exact = reference(q.double(), k.double(), v.double(), mask, wide, wide, scale=scale)
     normal = (q, k) if ones is None else qk_norm_rope_reference(q, k, ones, ones)
@@ -160,6 +161,83 @@ def test_masked_keys_are_not_read(dtype: torch.dtype, kind: str) -> None:
         k[~mask], v[~mask] = float("nan"), float("inf")
     for again, before in zip(both(), clean, strict=True):
         assert torch.equal(again, before)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("keys", [1, 15, 63, 65, 77])
+def test_keys_beyond_the_end_have_no_weight(keys: int, dtype: torch.dtype) -> None:
+    """Those of zeros that fill the last tile, where every score is below zero: next to them real keys would have no
+    weight, and theirs would be infinite. Not in fp32, where the rounding of lse outweighs that of such scores."""
+    q, k, v = _inputs(dtype, keys=keys)
+    leaves = [t.requires_grad_() for t in (q.abs() + 5, -k.abs() - 5, v)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    plain = [t.detach().clone().requires_grad_() for t in leaves]
+    with checks.poisoned_memory():
+        found = [_attention(*leaves)]
+        found += _gradients(found[0], leaves)
+    right, eager = reference(*exact), reference(*plain)
+    names = ("o", "dq", "dk", "dv")
+    for name, mine, theirs, value in zip(
+        names, found, [eager, *_gradients(eager, plain)], [right, *_gradients(right, exact)], strict=True
+    ):
+        if keys > 1 or name in ("o", "dv"):  # of one key, exact gradients of scores are zero, and ours noise
+            checks.assert_close(name, mine, theirs, value)
+        assert mine.isfinite().all(), name
+
+
+@inside
+@pytest.mark.parametrize(
+    "wanted", [(False, True, False), (False, False, True), (False, True, True), (True, False, False)]
+)
+def test_only_what_is_wanted_is_written(wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One set of parts for each gradient of keys, and one launch that adds them; the bits are those of all together."""
+    from snapgen_kernels._triton import attention_backward
+
+    leaves = [t.requires_grad_() for t in _inputs()]
+    o = _attention(*leaves)
+    full = _gradients(o, leaves)
+    made: list[Tensor] = []
+    added: list[int] = []
+    new_parts, add_parts = attention_backward.new_parts, attention_backward.add_parts
+    monkeypatch.setattr(attention_backward, "new_parts", lambda *a: made.append(new_parts(*a)) or made[-1])
+    monkeypatch.setattr(attention_backward, "add_parts", lambda *a: added.append(len(a) - 1) or add_parts(*a))
+    some = [t.detach().requires_grad_(need) for t, need in zip(leaves, wanted, strict=True)]
+    asked = [t for t in some if t.requires_grad]
+    found = _gradients(_attention(*some), asked)
+    sets = sum(wanted[1:])
+    assert [len(parts) for parts in made] == added == ([sets] if sets else [])
+    for mine, right in zip(found, [g for g, need in zip(full, wanted, strict=True) if need], strict=True):
+        assert torch.equal(mine, right) and mine.storage_offset() == 0
+
+
+@inside
+@pytest.mark.parametrize(("shared", "stages"), [(99 << 10, 2), (163 << 10, 3), (227 << 10, 3)])
+def test_fewer_stages_where_shared_memory_is_small(shared: int, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from snapgen_kernels._triton import attention, common
+
+    seen: list[attention.Config] = []
+
+    def choose(kernel: str, key: Any, candidates: Any, default: Any, launch: Any) -> Any:
+        seen.extend((*candidates, default))
+        return default
+
+    monkeypatch.setattr(common, "shared_bytes", lambda _: shared)
+    monkeypatch.setattr(attention.tuning, "choose", choose)
+    _attention(*_inputs(torch.bfloat16))
+    assert seen and {config.num_stages for config in seen} == {stages}
+
+
+@inside
+def test_few_keys_take_a_narrow_tile() -> None:
+    from snapgen_kernels._triton import attention, attention_backward
+
+    def chosen(keys: int) -> tuple[int, int]:
+        forward = attention.filling(attention.CONFIGS, 8, 1 << 16, keys, 132)
+        return forward.block_n, attention.fitting(attention_backward.KEY_CONFIGS, keys)[0].block_n
+
+    assert [chosen(keys) for keys in (1, 33, 64)] == [(64, 64)] * 3
+    assert [chosen(keys) for keys in (65, 77, 333, 4096)] == [(128, 128)] * 4
 
 
 @inside
