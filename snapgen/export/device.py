@@ -36,8 +36,8 @@ class CoreML:
         """An MLModel, compiled and loaded for a compute unit; a package of one function takes None."""
         ct = coremltools()
         with warnings.catch_warnings():
-            # coremltools warns where Core ML refuses a model, and fails at a later call without saying why.
-            warnings.simplefilter("error", RuntimeWarning)
+            # coremltools only warns where Core ML refuses a model.
+            warnings.filterwarnings("error", "You will not be able to run predict", RuntimeWarning)
             return ct.models.MLModel(package, compute_units=ct.ComputeUnit[unit], function_name=function)
 
     def plan(self, model: Any, unit: str) -> Any:
@@ -57,6 +57,7 @@ def run(request: Mapping[str, Any], folder: Path, core_ml: Any) -> None:
         folder: where results go.
         core_ml: a `CoreML`.
     """
+    import numpy as np
     from safetensors.numpy import load_file, save_file
 
     unit, function = request["unit"], request["function"]
@@ -70,21 +71,24 @@ def run(request: Mapping[str, Any], folder: Path, core_ml: Any) -> None:
     names = [package["inputs"] for package in request["packages"]]
     outputs: dict[str, Any] = {}
     for index, call in enumerate(calls):
-        outputs |= {f"{index}.{name}": value for name, value in predict(models, names, call).items()}
+        made = predict(models, names, call)
+        # Core ML pads rows of some outputs, which makes them views with strides.
+        outputs |= {f"{index}.{name}": np.ascontiguousarray(value) for name, value in made.items()}
     save_file(outputs, folder / "outputs.safetensors")
     for entry, model in zip(found, models, strict=True):
         # Compilation is the rest of `ready_seconds`; an app ships what it leaves.
-        entry["load_seconds"] = model.load_duration_in_nano_seconds / 1e9
+        taken = model.load_duration_in_nano_seconds
+        entry["load_seconds"] = None if taken is None else taken / 1e9
     _write(folder, found)
 
     times: list[list[float]] = [[] for _ in models]
     for repeat in range(WARM_UP + request["repeats"]):
         predict(models, names, calls[-1])
-        for taken, model in zip(times, models, strict=True):
+        for own, model in zip(times, models, strict=True):
             if repeat >= WARM_UP:
-                taken.append(model.last_predict_duration_in_nano_seconds / 1e6)
-    for entry, taken in zip(found, times, strict=True):
-        entry["predict_ms"] = {"median": statistics.median(taken), "least": min(taken), "most": max(taken)}
+                own.append(model.last_predict_duration_in_nano_seconds / 1e6)
+    for entry, own in zip(found, times, strict=True):
+        entry["predict_ms"] = {"median": statistics.median(own), "least": min(own), "most": max(own)}
     _write(folder, found)
 
     for entry, model in zip(found, models, strict=True):

@@ -31,6 +31,7 @@ from snapgen.export.tools import PackageError, ParityError, coremltools
 
 INTERPRETER = "interpreter"
 WORKER = (sys.executable, "-m", "snapgen.export.device")
+PHONES = "phones, whose Neural Engine and memory are others than this Mac's"
 UNCHECKED = (
     "Core ML itself, which runs on macOS only: its arithmetic, where it runs each operation, and how fast. The "
     "interpreter rounds as the program says and accumulates in fp32. Run this command on a Mac to check the rest"
@@ -77,7 +78,7 @@ def verify(
     names = [package for entry in record["parts"].values() for package in entry["packages"]]
     found = golden.fingerprints(folder)
     strangers = sorted(path.name for path in folder.glob("*.mlpackage") if path.name not in names)
-    unchecked = [f"{name}: not of this export" for name in strangers] + ([UNCHECKED] if worker is None else [])
+    unchecked = [f"{name}: not of this export" for name in strangers] + [UNCHECKED if worker is None else PHONES]
     problems = _changes(record["sha256"], found, names)
     packages: dict[str, Any] = {}
     for name in names:
@@ -319,8 +320,13 @@ def _measurements(packages: Sequence[Mapping[str, Any]]) -> list[str]:
         engine = sum(devices.get("Neural Engine", {side: 0})[side] for devices in known)
         shares.append(f"{100 * engine / everything:.1f}%" if len(known) == len(packages) and everything else "-")
     return [
-        total([package["ready_seconds"] - package["load_seconds"] for package in packages], "{:.1f} s"),
+        total([_compiled(package) for package in packages], "{:.1f} s"),
         total([package["load_seconds"] for package in packages], "{:.1f} s"),
         total([package.get("predict_ms", {}).get("median") for package in packages], "{:.2f}"),
         *shares,
     ]
+
+
+def _compiled(package: Mapping[str, Any]) -> float | None:
+    loaded = package["load_seconds"]
+    return None if loaded is None else float(package["ready_seconds"] - loaded)
