@@ -1,4 +1,4 @@
-"""Published latencies of models on Apple's Neural Engine against the auditor's estimates: ``python -m bench.neural_engine``.
+"""Published latencies on Apple's Neural Engine against the auditor's estimates: ``python -m bench.neural_engine``.
 
 Builds each model as its authors describe it, with random weights of the real sizes, converts it, audits the package,
 fits the two shares of `snapgen.export.phones` to a part of the published figures, and writes all to
@@ -241,7 +241,10 @@ def table(calibration: dict[str, Any]) -> str:
     for said, wanted in (("fitted", True), ("held out", False)):
         errors = sorted(abs(it["error"]) for it in calibration["figures"] if it["fitted"] == wanted)
         middle = (errors[len(errors) // 2] + errors[(len(errors) - 1) // 2]) / 2
-        lines += ["", f"{said.capitalize()}: {len(errors)} figures, median error {middle:.0%}, largest {errors[-1]:.0%}."]
+        lines += [
+            "",
+            f"{said.capitalize()}: {len(errors)} figures, median error {middle:.0%}, largest {errors[-1]:.0%}.",
+        ]
     shares = calibration["shares"]
     lines += ["", f"Shares: {shares['compute']:.0%} of peak arithmetic, {shares['memory']:.0%} of bandwidth."]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Audits a Core ML package for the Neural Engine on any machine: what may fall back and why, what spills, what it costs.
+"""Audits a Core ML package for the Neural Engine on any machine: what may fall back and why, what spills, the cost.
 
 Reads any .mlpackage, also one that was made elsewhere. Every verdict names the published rules that it rests on
 (`rules`); times are estimates (`phones`), whose error against published latencies is stated beside them.
@@ -32,7 +32,9 @@ from snapgen.export.rules import (
 from snapgen.export.tools import PackageError
 
 SCHEMA = 1  # of the JSON; rises when a key changes its meaning or goes
-LARGEST_PACKAGE = 1_000_000_000  # bytes of weights; larger models must be cut for iOS (apple/ml-stable-diffusion README)
+LARGEST_PACKAGE = (
+    1_000_000_000  # bytes of weights; larger models must be cut for iOS (apple/ml-stable-diffusion README)
+)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def summary(report: Report) -> dict[str, Any]:
     }
     fallen = [op for op in report.operations if op.verdict == FALLBACK]
     largest = max(fallen, key=lambda op: (op.flops, op.working_set), default=None)
-    moved = sum(step.moved for step in report.steps)
+    moved = sum(step.moved for step in report.steps if step.on_engine)
+    worked = sum(step.flops for step in report.steps if step.on_engine)
     spilling = [step for step in report.steps if step.largest > ON_CHIP]
     return {
         "path": report.path,
@@ -174,7 +177,7 @@ def summary(report: Report) -> dict[str, Any]:
         "share_on_engine": 1 - by_verdict[FALLBACK]["flops"] / total if total else float(not fallen),
         "weight_bytes": sum(step.weights for step in report.steps),
         "moved_bytes": moved,
-        "intensity": total / moved if moved else 0.0,
+        "intensity": worked / moved if moved else 0.0,
         "steps": len(report.steps),
         "spilling_steps": len(spilling),
         "spilling_operations": sum(len(step.operations) for step in spilling),
@@ -201,8 +204,9 @@ def as_json(reports: Iterable[Report]) -> dict[str, Any]:
 
     Keys: `schema`; `rules` (name -> `says`, `verdict`, `about`, `sources`); `sources` (key -> name and address);
     `devices`; `trust` (the fit and its errors, see `phones.calibration`); `packages`: of each function of each package
-    the keys of `summary`, and `list`, its operations in order: `name`, `type`, `inside`, `verdict`, `findings`, `inputs`
-    and `outputs` (`name`, `shape`, `dtype`), `flops`, `bytes_in`, `bytes_out`, `weight_bytes`, `working_set`, `step`.
+    the keys of `summary`, and `list`, its operations in order: `name`, `type`, `inside`, `verdict`, `findings`,
+    `inputs` and `outputs` (`name`, `shape`, `dtype`), `flops`, `bytes_in`, `bytes_out`, `weight_bytes`,
+    `working_set`, `step`.
     """
     calibration = phones.calibration()
     return {

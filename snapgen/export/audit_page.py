@@ -25,8 +25,8 @@ LISTED = 25  # rows of a table of the worst; the JSON holds every operation
 FALLBACKS_LISTED = 200
 DEFAULT_PHONE = "iPhone 16 Pro Max"
 CAVEAT = (
-    "Verdicts rest on published rules, not on Core ML's own decision, which depends on chip, system and shapes and which "
-    "Apple does not document; Xcode's performance report on a device is what decides."
+    "Verdicts rest on published rules, not on Core ML's own decision, which depends on chip, system and shapes and "
+    "which Apple does not document; Xcode's performance report on a device is what decides."
 )
 
 
@@ -139,9 +139,9 @@ def _package(found: Report, phone: phones.Phone) -> Html:
     figures = summary(found)
     parts: list[object] = [
         report.paragraph(
-            f"{figures['operations']} operations in {figures['steps']} fused steps, {figures['flops'] / 1e9:.2f} GFLOP, "
-            f"{report.size(figures['weight_bytes'])} of weights, {report.size(figures['moved_bytes'])} through memory "
-            f"({figures['intensity']:.0f} FLOP per byte); {figures['segments']} runs on the engine, "
+            f"{figures['operations']} operations in {figures['steps']} fused steps, {figures['flops'] / 1e9:.2f} "
+            f"GFLOP, {report.size(figures['weight_bytes'])} of weights, {report.size(figures['moved_bytes'])} through "
+            f"memory ({figures['intensity']:.0f} FLOP per byte); {figures['segments']} runs on the engine, "
             f"{figures['switches']} switches of compute unit. For {found.system} and later."
         ),
         report.heading("Verdicts"),
@@ -231,9 +231,7 @@ def _estimates(found: Report) -> Html:
                 _time(found.seconds(device)),
             )
         )  # fmt: skip
-    table = report.table(
-        ("device", "chip", "arithmetic alone", "memory alone", "dispatches", "estimate"), rows, left=2
-    )
+    table = report.table(("device", "chip", "arithmetic alone", "memory alone", "dispatches", "estimate"), rows, left=2)
     return join(table, report.paragraph(trust_line(), " What falls back is not timed."))
 
 
@@ -286,7 +284,9 @@ def _plot(found: Report, phone: phones.Phone) -> Html:
     axes = figure.subplots()
     line = np.logspace(np.log10(min(intensity.min(), 0.1)), np.log10(max(intensity.max(), 1e4)), 200)
     axes.loglog(line, np.minimum(compute, line * rate) / 1e12, color="#b4b6ba", linewidth=1.5)
-    axes.scatter(intensity, reached / 1e12, s=6 + 400 * seconds / seconds.sum(), color="#3056c8", alpha=0.45, linewidth=0)
+    axes.scatter(
+        intensity, reached / 1e12, s=6 + 400 * seconds / seconds.sum(), color="#3056c8", alpha=0.45, linewidth=0
+    )
     axes.set_xlabel("FLOP per byte through memory")
     axes.set_ylabel("TFLOP/s")
     axes.grid(True, which="major", color="#e3e4e6", linewidth=0.6)
@@ -341,8 +341,8 @@ def _trust() -> report.Section:
             "Two numbers are fitted, the same for every device: the share of the stated peak that arithmetic reaches "
             f"({calibration['shares']['compute']:.0%}) and the share of the memory's bandwidth "
             f"({calibration['shares']['memory']:.0%}). ", trust_line(),
-            " Nothing was measured by us; published figures come from other converters, systems and model code, and the "
-            "models are ours, of the same sizes.",
+            " Nothing was measured by us; published figures come from other converters, systems and model code, and "
+            "the models are ours, of the same sizes.",
         ),
         report.table(
             ("model", "device", "published by", "", "published ms", "estimated ms", "error"), rows, left=4
@@ -375,8 +375,8 @@ def _rules() -> report.Section:
     ]
     body = join(
         report.paragraph(
-            f"Every operation is held against each of these. Where none speaks against it, it is “{ENGINE}”, which rests "
-            "on a list of operations that were compiled and run on an M1 ", _sources(("guide-operations",)), "."
+            f"Every operation is held against each of these. Where none speaks against it, it is “{ENGINE}”, which "
+            "rests on a list of operations that were compiled and run on an M1 ", _sources(("guide-operations",)), "."
         ),
         report.table(("rule", "verdict", "at stake", "what it says"), rows, left=4),
     )  # fmt: skip
@@ -384,7 +384,9 @@ def _rules() -> report.Section:
 
 
 def _sources(keys: Sequence[str]) -> Html:
-    links = (f'<a href="{html.escape(address)}">{html.escape(name)}</a>' for name, address in (SOURCES[it] for it in keys))
+    links = (
+        f'<a href="{html.escape(address)}">{html.escape(name)}</a>' for name, address in (SOURCES[it] for it in keys)
+    )
     return Html(f"[{'; '.join(links)}]")
 
 

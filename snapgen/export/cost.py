@@ -1,17 +1,17 @@
 """What the operations of a program cost on the Neural Engine: FLOPs, fused steps, memory traffic, switches of unit.
 
 The model, in full:
-- FLOPs: two per multiply-add of convolutions and products; four per element of a softmax, five of a norm, one per element
-  read by a reduction, one per element made by another elementwise operation; none for moving data.
-- An elementwise operation is fused with what makes its input, where nothing else reads that and it has as many elements.
-  Such a run is one step: tensors inside it are never written. Where only reductions and elementwise operations read what
-  an elementwise step makes, they compute it again instead of reading it. Reshapes, slices and splits are views.
+- FLOPs: two per multiply-add of convolutions and products; four per element of a softmax, five of a norm, one per
+  element read by a reduction, one per element made by another elementwise operation; none for moving data.
+- An elementwise operation is fused with what makes its input, where nothing else reads that and it has as many
+  elements. Such a run is one step: tensors inside it are never written. Where only reductions and elementwise
+  operations read what an elementwise step makes, they compute it again instead. Reshapes, slices, splits are views.
 - A tensor stays on the chip where every step that touches it has none above 2 MB; it crosses the memory bus at every
   step that touches it otherwise. Inputs, outputs and weights (as stored) always cross.
 - What falls back is not timed: nobody publishes the rates. Each run of operations on the engine is one dispatch.
 
-That compilers fuse so is an assumption. Three others were tried against published latencies (no recomputing; the tensors
-of a step together within 2 MB; both), and did worse.
+That compilers fuse so is an assumption. Three others were tried against published latencies (no recomputing; all
+tensors of a step together within 2 MB; both), and did worse: docs/auditor.md.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _VIEWS = words(
     "reshape reshape_like expand_dims squeeze flatten2d identity split slice_by_index slice_by_size read_state"
 )
 _MOVES = words(
-    "transpose concat stack pad tile reverse pixel_shuffle pixel_unshuffle depth_to_space space_to_depth space_to_batch "
-    "batch_to_space gather gather_along_axis gather_nd scatter scatter_along_axis scatter_nd crop slice_update "
-    "upsample_nearest_neighbor resize_nearest_neighbor fill fill_like coreml_update_state write_state"
+    "transpose concat stack pad tile reverse pixel_shuffle pixel_unshuffle depth_to_space space_to_depth "
+    "space_to_batch batch_to_space gather gather_along_axis gather_nd scatter scatter_along_axis scatter_nd crop "
+    "slice_update upsample_nearest_neighbor resize_nearest_neighbor fill fill_like coreml_update_state write_state"
 )
 _NORMS = words("batch_norm layer_norm instance_norm l2_norm local_response_norm")
 _POINTWISE = words(
@@ -166,7 +166,7 @@ def steps_of(graph: Graph, verdicts: Mapping[int, str]) -> tuple[list[Step], dic
 
 
 def _recompute(steps: list[Step], step_of: Mapping[int, int], readers: Mapping[str, set[int]], kept: set[str]) -> None:
-    """Let reductions and elementwise steps read the sources of elementwise steps before them, which are never written."""
+    """Let reductions and elementwise steps read the sources of elementwise steps, which are then never written."""
     made_in = {name: number for number, step in enumerate(steps) for name in step.written}
     types = [{op.type for op in step.operations} for step in steps]
     cheap = [kinds <= _POINTWISE - {"cast"} for kinds in types]

@@ -177,7 +177,12 @@ class _Reader:
         return Graph(name, inputs, outputs, tuple(operations), producer, consumers)
 
     def _walk(
-        self, function: str, block: Any, inside: tuple[str, ...], known: dict[str, Value], constants: dict[str, Constant]
+        self,
+        function: str,
+        block: Any,
+        inside: tuple[str, ...],
+        known: dict[str, Value],
+        constants: dict[str, Constant],
     ) -> Iterator[tuple[Any, ...]]:
         for value in block.inputs:
             known[value.name] = self._value(value.name, value.type)

@@ -1,7 +1,7 @@
 """Devices with a Neural Engine: what is published of each, and what is fitted where nothing is.
 
-Peak rates are Apple's own figures, bandwidths those of the memory. Nobody publishes what share of either a model gets on
-a phone, so two shares, one for arithmetic and one for memory, the same for every device, are fitted to published
+Peak rates are Apple's own figures, bandwidths those of the memory. Nobody publishes what share of either a model gets
+on a phone, so two shares, one for arithmetic and one for memory, the same for every device, are fitted to published
 latencies of whole models: `python -m bench.neural_engine` does that and writes them, with every figure's error, to
 calibration.json beside this file.
 """
@@ -15,8 +15,9 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-# Guide (arXiv 2606.22283), chapters 9 and 4: measured on an M1, in the tables of every later chip too. The M5 has 4.72 MB.
-ON_CHIP_SOURCE = "2 MB: measured on the M1, and in the compiler's tables of all chips to the M5 (arXiv 2606.22283, ch. 4, 9)"
+ON_CHIP_SOURCE = (
+    "2 MB: measured on the M1, and in the compiler's tables of all later chips (arXiv 2606.22283, ch. 4, 9)"
+)
 DISPATCH = 0.23e-3
 DISPATCH_SOURCE = "0.23 ms: measured on the M1 (arXiv 2606.22283, ch. 9); taken for every device"
 
@@ -43,7 +44,12 @@ class Phone:
 
 PHONES = (
     Phone(
-        "iPhone 12 Pro Max", "A14", 11e12, 34.1e9, _APPLE, "LPDDR4X-4266 on 64 bits (as the A13's and A15's: topcpu.net)"
+        "iPhone 12 Pro Max",
+        "A14",
+        11e12,
+        34.1e9,
+        _APPLE,
+        "LPDDR4X-4266 on 64 bits (as the A13's and A15's: topcpu.net)",
     ),
     Phone("iPhone 13 Pro Max", "A15", 15.8e12, 34.1e9, _APPLE, "askgeek.io, A16 against A15"),
     Phone("iPhone 14 Pro", "A16", 17e12, 51.2e9, _APPLE, "askgeek.io, A16 against A15; Apple: half as much again"),
@@ -64,7 +70,7 @@ class Shares:
 
 @cache
 def calibration() -> dict[str, Any]:
-    """The fit: `shares`, `models` (each with its `work`), and `figures` (published, estimated, error, fitted or not)."""
+    """The fit: `shares`, `models` (each with its `work`), `figures` (published, estimated, error, fitted or not)."""
     return json.loads(resources.files("snapgen.export").joinpath("calibration.json").read_text(encoding="utf-8"))
 
 

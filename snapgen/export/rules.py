@@ -1,9 +1,9 @@
 """Published rules on what Apple's Neural Engine runs, each with its source, applied to the operations of a program.
 
-Apple documents no list ("there is no static documentation", apple/coremltools issue 1780): what is here was published by
-people who measured or who write models for the engine, mostly on other chips and systems than the reader's. So a verdict
-rests on a rule, the rule on its source, and an operation that no source speaks of is "unknown". What Core ML decides on a
-phone, Xcode's performance report or MLComputePlan says there; nothing read off a package on another machine does.
+Apple documents no list ("there is no static documentation", apple/coremltools issue 1780): what is here was published
+by people who measured or who write models for the engine, mostly on other chips and systems than the reader's. So a
+verdict rests on a rule, the rule on its source, and an operation that no source speaks of is "unknown". What Core ML
+decides on a phone, Xcode's performance report or MLComputePlan says there; nothing read off a package elsewhere does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ FALLBACK = "falls back to CPU/GPU"
 UNKNOWN = "unknown (no published rule)"
 VERDICTS = (ENGINE, COST, UNKNOWN, FALLBACK)  # from good to bad: an operation's verdict is the worst of its findings
 
-ON_CHIP = 2 << 20  # bytes that an operation's tensors may take without streaming from DRAM, on the M1 (guide, chapter 9)
+ON_CHIP = (
+    2 << 20
+)  # bytes that an operation's tensors may take without streaming from DRAM, on the M1 (guide, chapter 9)
 BORDER_BYTES = 64  # the last axis at the borders is laid out in blocks of so many bytes (Apple's rules)
 
 _GUIDE = "https://ane-guide.readthedocs.io/en/latest"
