@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io as memory
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -277,16 +278,17 @@ def _plot(found: Report, phone: phones.Phone) -> Html:
         return report.note("No step has both arithmetic and memory traffic.")
     shares = phones.shares()
     compute, rate = phone.peak * shares.compute, phone.bandwidth * shares.memory
-    intensity = np.array([step.flops / step.moved for step in steps])
+    spent: Counter[float] = Counter()  # steps of one intensity lie on one another: one dot for all of them
+    for step in steps:
+        spent[round(math.log10(step.flops / step.moved), 2)] += max(step.flops / compute, step.moved / rate)
+    intensity = 10 ** np.array(sorted(spent))
+    share = np.array([spent[key] for key in sorted(spent)]) / spent.total()
     reached = np.minimum(compute, intensity * rate)
-    seconds = np.array([max(step.flops / compute, step.moved / rate) for step in steps])
     figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
     axes = figure.subplots()
     line = np.logspace(np.log10(min(intensity.min(), 0.1)), np.log10(max(intensity.max(), 1e4)), 200)
     axes.loglog(line, np.minimum(compute, line * rate) / 1e12, color="#b4b6ba", linewidth=1.5)
-    axes.scatter(
-        intensity, reached / 1e12, s=6 + 400 * seconds / seconds.sum(), color="#3056c8", alpha=0.45, linewidth=0
-    )
+    axes.scatter(intensity, reached / 1e12, s=8 + 3000 * share, color="#3056c8", alpha=0.45, linewidth=0)
     axes.set_xlabel("FLOP per byte through memory")
     axes.set_ylabel("TFLOP/s")
     axes.grid(True, which="major", color="#e3e4e6", linewidth=0.6)
@@ -300,7 +302,10 @@ def _plot(found: Report, phone: phones.Phone) -> Html:
             drawn.convert("RGB"), f"Steps under the estimated roofline of {phone.name}; area is time", plate=True
         )
     return join(
-        picture, report.paragraph(f"Each dot is a step, its area its share of the time estimated for {phone.name}.")
+        picture,
+        report.paragraph(
+            f"Dots are steps, those of one intensity together; area is their share of the time estimated for {phone.name}."
+        ),
     )
 
 

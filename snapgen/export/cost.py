@@ -244,7 +244,7 @@ def segments_of(graph: Graph, verdicts: Mapping[int, str]) -> tuple[int, int]:
     would like it, not as the file has it. Both units are tried for the beginning.
     """
     waits = {
-        op.index: {before.index for value in op.read if (before := graph.made_by(value)) is not None}
+        op.index: {maker.index for value in op.read if (maker := graph.made_by(value)) is not None}
         for op in graph.operations
     }
     after: dict[int, list[int]] = {}

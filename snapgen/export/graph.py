@@ -165,9 +165,8 @@ class _Reader:
         block = function.block_specializations[function.opset]
         inputs = tuple(self._value(it.name, it.type) for it in function.inputs)
         known = {value.name: value for value in inputs}
-        operations = []
-        for index, op in enumerate(self._walk(name, block, (), known, constants)):
-            operations.append(Operation(index, *op))
+        walked = self._walk(name, block, (), known, constants)
+        operations = [Operation(index, *parts) for index, parts in enumerate(walked)]
         producer = {output.name: op for op in operations for output in op.outputs}
         consumers: dict[str, list[Operation]] = {}
         for op in operations:
