@@ -304,7 +304,7 @@ def _plot(found: Report, phone: phones.Phone) -> Html:
     return join(
         picture,
         report.paragraph(
-            f"Dots are steps, those of one intensity together; area is their share of the time estimated for {phone.name}."
+            f"Dots are steps, those of one intensity together; area is the share of the time on {phone.name}."
         ),
     )
 
