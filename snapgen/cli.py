@@ -266,6 +266,29 @@ def export_coreai(
     main_coreai(checkpoint, out, options)
 
 
+def export_audit(
+    paths: Positional[tuple[Path, ...]],
+    *,
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    json: Path | None = None,
+    phone: str | None = None,
+    strict: bool = False,
+) -> None:
+    """What the Neural Engine may run of any .mlpackage, what not and why, and what it costs there.
+
+    Args:
+        paths: Packages, or folders that hold some; of whatever origin.
+        out: HTML page to write.
+        json: JSON file to write, with every operation.
+        phone: Estimate for this device only ("iPhone 14 Pro", "M2", ...).
+        strict: Exit code 2 where an operation falls back by a published rule.
+    """
+    from snapgen.export.audit_page import main_audit
+
+    if main_audit(paths, out, json, phone, strict, console):
+        sys.exit(2)
+
+
 def demo(*, out: Annotated[Path, arg(aliases=["-o"])] = Path("out"), per_skill: int = 25) -> None:
     """Draw, score, time, export, and write it all to one report.html.
 
@@ -291,6 +314,7 @@ EXPORTS: dict[str, Any] = {
     "coreml": export_coreml,
     "verify": export_verify,
     "coreai": export_coreai,
+    "audit": export_audit,
 }
 EXPORTS_ABOUT = "Export a checkpoint for phones, and look into what was exported."
 
