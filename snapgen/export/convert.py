@@ -48,10 +48,11 @@ CONVERSION_DATE = "com.github.apple.coremltools.conversion_date"
 def convert(part: Part, package: Path, target: str) -> None:
     """Convert a part to a package at `package` (which must not exist, and whose name must end in .mlpackage)."""
     ct = coremltools()
-    examples = tuple(feature.example for feature in part.inputs)
+    # By name: so a part whose inputs' names depend on its place takes **features.
+    examples = {feature.name: feature.example for feature in part.inputs}
     passes = ct.PassPipeline(list(PASSES), "snapgen")
     with torch.no_grad(), use("reference"), torch.random.fork_rng(devices=[]), quiet():
-        program = torch.export.export(part, examples).run_decompositions({})
+        program = torch.export.export(part, (), examples).run_decompositions({})
         ct.convert(
             program,
             outputs=[ct.TensorType(name=name) for name, _ in part.outputs],

@@ -14,11 +14,13 @@ import torch
 from snapgen import io
 from snapgen.export import inspect, parity
 from snapgen.export.convert import convert
+from snapgen.export.gemma import gemma_chunks
 from snapgen.export.interpreter import Chain, Program
 from snapgen.export.options import DEFAULTS, PARTS, Options
 from snapgen.export.parts import Decoder, Denoiser, Part
 from snapgen.export.text import TextEncoder
 from snapgen.export.tools import ExportError, coremltools, snapgen_version
+from snapgen.text import CLIP_TOKENS
 from snapgen_kernels import use
 
 Progress = Callable[[str, float], None]
@@ -47,12 +49,10 @@ def export_pipeline(
         ExportError: coremltools is missing, or a part has layers that are not exported.
         ParityError: a part is below its floor.
     """
-    names = options.parts or tuple(name for name in PARTS if name != "text_encoder" or pipe.config.joint_text)
-    if "text_encoder" in names and not pipe.config.joint_text:
-        raise ExportError(
-            "text_encoder: only one that was trained with the denoiser is exported; leave it out of `parts` for "
-            "pipelines with CLIP-L, CLIP-G or Gemma-2"
-        )
+    names = options.parts or tuple(name for name in PARTS if getattr(pipe, name) is not None)
+    for name in names:
+        if getattr(pipe, name) is None:
+            raise ExportError(f"parts: the pipeline has no {name}; leave it out")
     ct = coremltools()
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,14 @@ def build_parts(pipe: Any, name: str, options: Options, tokens: int) -> list[Par
             return [Denoiser(pipe.denoiser, batch=options.batch, height=size, width=size, tokens=tokens)]
         if name == "decoder":
             return [Decoder(pipe.decoder, batch=1, height=size, width=size)]
-        return [TextEncoder(pipe.text_encoder, batch=1, tokens=tokens)]
+        if name == "text_encoder_3":
+            return [*gemma_chunks(pipe.text_encoder_3, batch=1, tokens=int(pipe.config.max_tokens))]
+        if pipe.config.joint_text:
+            return [TextEncoder(pipe.text_encoder, batch=1, tokens=tokens)]
+        clip = dict(batch=1, tokens=CLIP_TOKENS, penultimate=True)
+        if name == "text_encoder":
+            return [TextEncoder(pipe.text_encoder, **clip)]
+        return [TextEncoder(pipe.text_encoder_2, **clip, file="TextEncoder2.mlpackage")]
 
 
 def main_coreml(checkpoint: str, out: Path, options: Options = DEFAULTS, console: Any = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-PARTS = ("denoiser", "decoder", "text_encoder")
+PARTS = ("denoiser", "decoder", "text_encoder", "text_encoder_2", "text_encoder_3")
 TARGETS = ("iOS17", "iOS18")
 
 
@@ -18,7 +18,8 @@ class Options:
     """
 
     parts: tuple[str, ...] = ()
-    """Any of denoiser, decoder, text_encoder; by default all that the pipeline has."""
+    """Any of denoiser, decoder, text_encoder (CLIP-L, or the one that was trained along), text_encoder_2 (CLIP-G) and
+    text_encoder_3 (Gemma-2); by default all that the pipeline has."""
 
     target: Literal["iOS17", "iOS18"] = "iOS17"
     """Oldest system that runs the packages (iOS18 with macOS 15)."""

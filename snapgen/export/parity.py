@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from snapgen import flow
 from snapgen.export.interpreter import Chain
 from snapgen.export.tools import ParityError
-from snapgen.text import TextEmbedding
+from snapgen.text import TextEmbedding, encode_clip, encode_gemma
 from snapgen_kernels import use
 
-FLOORS = {"denoiser": 45.0, "decoder": 55.0, "text_encoder": 45.0}  # dB, for fp16 packages
+# dB, for fp16 packages
+FLOORS = {"denoiser": 45.0, "decoder": 55.0, "text_encoder": 45.0, "text_encoder_2": 45.0, "text_encoder_3": 45.0}
 TIMES = (1.0, 20 / 28, 10 / 28, 1 / 28)  # of the cases: steps of a 28-step run; 1000 t is not exact in fp16
 
 
@@ -87,7 +88,7 @@ def check(name: str, program: Chain, pipe: Any, cases: Cases) -> float:
     """Worst PSNR of a part over the cases.
 
     Args:
-        name: "denoiser", "decoder" or "text_encoder".
+        name: one of `snapgen.export.options.PARTS`.
         program: the part's packages.
 
     Raises:
@@ -138,6 +139,8 @@ def _decoder(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
 
 
 def _text_encoder(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
+    if not pipe.config.joint_text:
+        return _clip(program, pipe.tokenizer, plain(pipe.text_encoder), cases)
     batch, tokens = program.inputs["input_ids"][0]
     figures = {}
     for index, caption in enumerate(cases.captions):
@@ -151,7 +154,45 @@ def _text_encoder(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
     return figures
 
 
-_COMPARISONS = {"denoiser": _denoiser, "decoder": _decoder, "text_encoder": _text_encoder}
+def _text_encoder_2(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
+    return _clip(program, pipe.tokenizer_2, plain(pipe.text_encoder_2), cases)
+
+
+def _clip(program: Chain, tokenizer: Any, model: nn.Module, cases: Cases) -> dict[str, float]:
+    batch, tokens = program.inputs["input_ids"][0]
+    figures = {}
+    for caption in (*cases.captions, ""):
+        ids = tokenizer(caption, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt")
+        outputs = program({"input_ids": ids.input_ids.expand(batch, -1)})
+        states, pooled = encode_clip([(tokenizer, model)], [caption], "cpu")
+        # Every row: the denoiser's mask leaves out none of CLIP's.
+        figures[f"{caption!r}"] = psnr(outputs["hidden_embeds"][:1], states)
+        figures[f"{caption!r}, pooled"] = psnr(outputs["pooled_outputs"][:1], pooled)
+    return figures
+
+
+def _text_encoder_3(program: Chain, pipe: Any, cases: Cases) -> dict[str, float]:
+    batch, tokens = program.inputs["input_ids"][0]
+    tokenizer, model = pipe.tokenizer_3, plain(pipe.text_encoder_3)
+    figures = {}
+    for caption in (*cases.captions, ""):
+        ids = tokenizer(caption, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt")
+        states, mask = encode_gemma(tokenizer, model, [caption], tokens, "cpu")
+        inputs = {
+            "input_ids": ids.input_ids.expand(batch, -1),
+            "attention_mask": mask[:, None, None].expand(batch, -1, -1, -1),
+        }
+        figures[f"{caption!r}"] = psnr(program(inputs)["last_hidden_state"][:1][mask], states[mask])
+    return figures
+
+
+_COMPARISONS = {
+    "denoiser": _denoiser,
+    "decoder": _decoder,
+    "text_encoder": _text_encoder,
+    "text_encoder_2": _text_encoder_2,
+    "text_encoder_3": _text_encoder_3,
+}
 
 
 def _padded(text: TextEmbedding, tokens: int) -> TextEmbedding:
