@@ -14,8 +14,8 @@ pytest.importorskip("coremltools", reason="the Core ML export is an optional par
 from snapgen.data.shapes import VOCABULARY
 from snapgen.decoder import TinyDecoder
 from snapgen.export import gemma, parity
-from snapgen.export.coreml import export_pipeline
 from snapgen.export.convert import convert
+from snapgen.export.coreml import export_pipeline
 from snapgen.export.gemma import gemma_chunks
 from snapgen.export.interpreter import Chain, Program
 from snapgen.export.options import Options
@@ -314,7 +314,7 @@ def test_other_gemmas_are_refused(changes, message):
 def test_a_weight_that_finds_no_place_is_an_error(pipe):
     model = copy.deepcopy(pipe.text_encoder_3)
     model.extra = nn.Linear(2, 2)
-    with pytest.raises(ExportError, match="text_encoder_3: extra.bias, extra.weight belong to no layer"):
+    with pytest.raises(ExportError, match=r"text_encoder_3: extra\.bias, extra\.weight belong to no layer"):
         gemma_chunks(model, batch=1, tokens=GEMMA_TOKENS)
     model = copy.deepcopy(pipe.text_encoder_3)
     model.layers[0].self_attn.q_norm = nn.Linear(2, 2)

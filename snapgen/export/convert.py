@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from snapgen.export import names
 from snapgen.export.parts import Part
 from snapgen.export.tools import coremltools, quiet, snapgen_version
 from snapgen_kernels import use
@@ -63,7 +64,7 @@ def convert(part: Part, package: Path, target: str) -> None:
             skip_model_load=True,
             package_dir=str(package),
         )
-    _stamp(part, package)
+    _stamp(part, package, names.nodes(program, tuple(name for name, _ in part.outputs)))
 
 
 def _holds_in_fp16(op: Any) -> bool:
@@ -80,7 +81,7 @@ def _holds_in_fp16(op: Any) -> bool:
     return not (op.op_type in waves or (op.op_type in ("mul", "reshape", "expand_dims") and leads_to_waves(op, 1)))
 
 
-def _stamp(part: Part, package: Path) -> None:
+def _stamp(part: Part, package: Path, layers: dict[str, str]) -> None:
     """Write the metadata into a fresh package, and take out of it whatever differs between two exports."""
     manifest_file = package / "Manifest.json"
     manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
@@ -91,6 +92,7 @@ def _stamp(part: Part, package: Path) -> None:
     metadata.shortDescription, metadata.author, metadata.license = part.about, AUTHOR, LICENSE
     metadata.versionString = snapgen_version()
     metadata.userDefined.pop(CONVERSION_DATE, None)
+    names.stamp(spec, layers)
     about = {feature.name: feature.about for feature in part.inputs} | dict(part.outputs)
     for feature in (*spec.description.input, *spec.description.output):
         feature.shortDescription = about[feature.name]

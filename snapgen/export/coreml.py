@@ -102,10 +102,9 @@ def build_parts(pipe: Any, name: str, options: Options, tokens: int) -> list[Par
             return [*gemma_chunks(pipe.text_encoder_3, batch=1, tokens=int(pipe.config.max_tokens))]
         if pipe.config.joint_text:
             return [TextEncoder(pipe.text_encoder, batch=1, tokens=tokens)]
-        clip = dict(batch=1, tokens=CLIP_TOKENS, penultimate=True)
-        if name == "text_encoder":
-            return [TextEncoder(pipe.text_encoder, **clip)]
-        return [TextEncoder(pipe.text_encoder_2, **clip, file="TextEncoder2.mlpackage")]
+        model = pipe.text_encoder if name == "text_encoder" else pipe.text_encoder_2
+        file = "TextEncoder.mlpackage" if name == "text_encoder" else "TextEncoder2.mlpackage"
+        return [TextEncoder(model, batch=1, tokens=CLIP_TOKENS, penultimate=True, file=file)]
 
 
 def main_coreml(checkpoint: str, out: Path, options: Options = DEFAULTS, console: Any = None) -> dict[str, Any]:

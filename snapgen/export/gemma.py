@@ -146,7 +146,7 @@ class _Embedding(nn.Embedding):
 
 
 class _Norm(nn.Module):
-    """Gemma's RMSNorm over the channels of [B, C, 1, S]: x / rms(x) * (1 + weight) * factor, for x held as x / scale."""
+    """Gemma's RMSNorm over the channels of [B, C, 1, S]: x / rms(x) * (1 + weight) * factor; x is held as x / scale."""
 
     def __init__(self, width: int, eps: float, *, scale: float = 1.0, factor: float = 1.0) -> None:
         super().__init__()

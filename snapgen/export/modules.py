@@ -26,8 +26,8 @@ def scaled_rsqrt(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, 
 
     With m = max(max|x|, sqrt(eps)), y = x / m and r = 1 / sqrt(mean(y^2) + eps / m^2). Both terms under the root lie in
     [0, 1] and their sum above 1 / n, so that no square overflows (|x| > 255 would) or vanishes (|x| < 2e-4 would), and
-    eps keeps its meaning at every magnitude. A root below fp16's smallest normal number, 2^-14, divides by that instead,
-    since an engine may take subnormal numbers for 0.
+    eps keeps its meaning at every magnitude. Where sqrt(eps) is below fp16's smallest normal number, 2^-14, m is at
+    least that, since an engine may take subnormal numbers for 0.
     """
     root = torch.tensor(eps**0.5)  # a tensor: a number over a tensor becomes Core ML's `inverse`, 1 / (x + 1e-4)
     least = root if eps >= 2.0**-28 else torch.tensor(2.0**-14)

@@ -84,6 +84,12 @@ def plain(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
+def compare(name: str, program: Any, pipe: Any, cases: Cases) -> dict[str, float]:
+    """PSNR of a part in each case; `program` is the part's packages (`Chain`), or whatever takes and gives the same."""
+    with use("reference"):
+        return _COMPARISONS[name](program, pipe, cases)
+
+
 def check(name: str, program: Chain, pipe: Any, cases: Cases) -> float:
     """Worst PSNR of a part over the cases.
 
@@ -94,8 +100,7 @@ def check(name: str, program: Chain, pipe: Any, cases: Cases) -> float:
     Raises:
         ParityError: it is below the part's floor in `FLOORS`.
     """
-    with use("reference"):
-        figures = _COMPARISONS[name](program, pipe, cases)
+    figures = compare(name, program, pipe, cases)
     worst = min(figures, key=lambda case: figures[case])
     if figures[worst] < FLOORS[name]:
         raise ParityError(

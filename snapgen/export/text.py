@@ -1,9 +1,9 @@
 """CLIP text encoders in the form that is exported; see `snapgen.export.parts`. Gemma-2 is in `snapgen.export.gemma`.
 
-How an app joins what the encoders of a large preset give, as `snapgen.text.join` does: the `hidden_embeds` of CLIP-L and
-CLIP-G side by side on their last axis, zeros behind them up to the denoiser's width, Gemma-2's `last_hidden_state`
-behind them on the token axis, permuted to [B, D, 1, L]. The mask is 1 for all tokens of CLIP. `pooled_outputs` side by
-side are `pooled_projections`. An encoder that is left out leaves its channels zero, or its tokens out.
+How an app joins what the encoders of a large preset give, as `snapgen.text.join` does: the `hidden_embeds` of CLIP-L
+and CLIP-G side by side on their last axis, zeros behind them up to the denoiser's width, Gemma-2's `last_hidden_state`
+behind them on the token axis, all permuted to [B, D, 1, L]. The mask is 1 for all tokens of CLIP. `pooled_outputs` side
+by side are `pooled_projections`. A pipeline without CLIP-G has zeros for it, one without CLIP-L has CLIP-G's first.
 """
 
 from __future__ import annotations
