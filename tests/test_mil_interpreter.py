@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 pytest.importorskip("coremltools", reason="the Core ML export is an optional part")
 
+from snapgen.export import accumulation
 from snapgen.export.inspect import describe
 from snapgen.export.interpreter import OPERATIONS, Program, UnsupportedOp
-from snapgen.export.tools import PackageError, coremltools, quiet
+from snapgen.export.tools import ExportError, PackageError, coremltools, quiet
 
 X = torch.linspace(-2.9, 3.1, 2 * 4 * 6 * 6).reshape(2, 4, 6, 6)[
     :, :, torch.randperm(6, generator=torch.Generator().manual_seed(0))
@@ -332,3 +333,110 @@ def test_inputs_are_left_alone(tmp_path):
     before = X.clone()
     Program(path)({"x": X})
     assert torch.equal(X, before)
+
+
+# --- sums in fp16 ---------------------------------------------------------------------------------------------------
+
+
+def in_order(products) -> np.float16:
+    """fp16(s + a * b) over exact products, as fp32 numbers; one by one, by numpy."""
+    total = np.float16(0)
+    for product in products:
+        total = np.float16(np.float32(total) + np.float32(product))
+    return total
+
+
+def narrow(make, path: Path, **inputs: torch.Tensor) -> np.ndarray:
+    (got,) = Program(build(make, path, **inputs), accumulate="fp16")(inputs).values()
+    assert got.dtype == torch.float16
+    return got.numpy()
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))) * 3 + 1).half()
+
+
+def test_products_accumulate_in_fp16(tmp_path):
+    a, b = drawn(3, 200), drawn(200, 2)
+    wanted = np.array([[in_order(a[i].float() * b[:, j].float()) for j in range(2)] for i in range(3)])
+    assert np.array_equal(narrow(lambda mb, a, b: mb.matmul(x=a, y=b), tmp_path / "m.mlpackage", a=a, b=b), wanted)
+    # The mode matters: sums in fp32 round otherwise.
+    assert not np.array_equal((a.float() @ b.float()).half().numpy(), wanted)
+
+    weight, bias = b.mT.numpy(), np.float16([0.3, -7.0])
+    linear = narrow(lambda mb, a: mb.linear(x=a, weight=weight, bias=bias), tmp_path / "l.mlpackage", a=a)
+    assert np.array_equal(linear, (wanted.astype(np.float32) + bias.astype(np.float32)).astype(np.float16))
+
+    k, q = drawn(1, 5, 1, 64), drawn(1, 64, 1, 3)
+    got = narrow(
+        lambda mb, k, q: mb.einsum(values=(k, q), equation="bkhc,bchq->bkhq"), tmp_path / "e.mlpackage", k=k, q=q
+    )
+    scores = [[in_order(k[0, i, 0].float() * q[0, :, 0, j].float()) for j in range(3)] for i in range(5)]
+    assert np.array_equal(got[0, :, 0], np.array(scores))
+
+
+@pytest.mark.parametrize(
+    ("groups", "strides", "dilations"), [(1, (1, 1), (1, 1)), (2, (2, 1), (1, 2)), (4, (1, 1), (1, 1))]
+)
+def test_convolutions_accumulate_in_fp16(tmp_path, groups, strides, dilations):
+    """Over channels of the group, then rows and columns of the kernel; the bias last."""
+    x, weight, bias = drawn(1, 4, 6, 7), drawn(4, 4 // groups, 3, 3), drawn(4)
+    arguments = dict(weight=weight.numpy(), bias=bias.numpy(), groups=groups)
+    got = narrow(
+        lambda mb, x: mb.conv(
+            x=x, pad_type="custom", pad=[1, 1, 1, 1], strides=list(strides), dilations=list(dilations), **arguments
+        ),
+        tmp_path / "c.mlpackage",
+        x=x,
+    )
+    padded, per = F.pad(x.float(), (1, 1, 1, 1))[0], 4 // groups
+    wanted = np.empty_like(got)
+    for out in range(4):
+        for row in range(got.shape[2]):
+            for column in range(got.shape[3]):
+                window = padded[
+                    out // per * per : out // per * per + per,
+                    row * strides[0] : row * strides[0] + 2 * dilations[0] + 1 : dilations[0],
+                    column * strides[1] : column * strides[1] + 2 * dilations[1] + 1 : dilations[1],
+                ]
+                total = in_order((window * weight[out].float()).flatten())
+                wanted[0, out, row, column] = np.float16(np.float32(total) + np.float32(bias[out]))
+    assert np.array_equal(got, wanted)
+
+
+def test_reductions_accumulate_in_fp16(tmp_path):
+    x = drawn(3, 20, 30)
+    rows = [in_order(row.flatten()) for row in x.float()]
+    got = narrow(lambda mb, x: mb.reduce_sum(x=x, axes=[1, 2]), tmp_path / "s.mlpackage", x=x)
+    assert np.array_equal(got, np.array(rows))
+    got = narrow(lambda mb, x: mb.reduce_mean(x=x, axes=[-1, 1], keep_dims=True), tmp_path / "m.mlpackage", x=x)
+    assert np.array_equal(got.reshape(-1), np.array([np.float16(np.float32(row) / np.float32(600)) for row in rows]))
+
+    got = narrow(lambda mb, x: mb.softmax(x=x, axis=1), tmp_path / "x.mlpackage", x=x)
+    powers = (x.float() - x.float().amax(1, keepdim=True)).exp().half()
+    for i in range(3):
+        for j in range(30):
+            total = np.float32(in_order(powers[i, :, j].float()))
+            wanted = (powers[i, :, j].float().numpy() / total).astype(np.float16)
+            assert np.array_equal(got[i, :, j], wanted)
+
+
+def test_a_sum_in_fp16_may_overflow_on_its_way(tmp_path):
+    """60000 + 60000 - 60000 is 60000 in fp32 and inf in fp16, whatever comes after."""
+    x = torch.tensor([6e4, 6e4, -6e4]).half()
+    path = build(lambda mb, x: mb.reduce_sum(x=x, axes=[0], keep_dims=True), tmp_path / "s.mlpackage", x=x)
+    (wide,), (small,) = (Program(path, accumulate=kind)({"x": x}).values() for kind in ("fp32", "fp16"))
+    assert wide.item() == 60000 and math.isinf(small.item())
+
+
+def test_what_is_too_large_or_unknown_for_sums_in_fp16_is_refused(tmp_path, monkeypatch):
+    a, b = drawn(3, 200), drawn(200, 2)
+    path = build(lambda mb, a, b: mb.matmul(x=a, y=b), tmp_path / "m.mlpackage", a=a, b=b)
+    with pytest.raises(ValueError, match="accumulate: got 'bf16'; allowed are 'fp32' and 'fp16'"):
+        Program(path, accumulate="bf16")
+    monkeypatch.setattr(accumulation, "LIMIT", 1199)
+    with pytest.raises(ExportError, match=r"accumulate='fp16': an operation has 1\.2e\+03 additions, at most 1e\+03"):
+        Program(path, accumulate="fp16")({"a": a, "b": b})
+    norm = build(lambda mb, a: mb.reduce_l2_norm(x=a, axes=[1]), tmp_path / "n.mlpackage", a=a)
+    with pytest.raises(UnsupportedOp, match="accumulate='fp16': how reduce_l2_norm sums is not known"):
+        Program(norm, accumulate="fp16")({"a": a})
