@@ -8,8 +8,8 @@ plain sequential sums, the least accurate order.
 The order: convolutions from the first input channel of a group to the last and, within a channel, over the kernel's
 rows and columns; matrix products and einsum along the summed axis (several in the order in which they first stand in
 the equation); reductions and softmax along their axes, the last one fastest. A product is exact, is added to the sum so
-far in fp32, and the result is rounded to fp16: s = fp16(s + a * b), from s = 0. A bias is added last and rounded. A mean
-divides the sum. Softmax rounds exp(x - max) to fp16 and sums these.
+far in fp32, and the result is rounded to fp16: s = fp16(s + a * b), from s = 0. A bias is added last and rounded. A
+mean divides the sum. Softmax rounds exp(x - max) to fp16 and sums these.
 """
 
 from __future__ import annotations
