@@ -19,7 +19,8 @@ from torch import Tensor
 
 from snapgen.export import accumulation
 from snapgen.export.inspect import read_spec
-from snapgen.export.tools import ExportError, PackageError, coremltools, quiet
+from snapgen.export.operations import OTHERS, SUMMING, UnsupportedOp
+from snapgen.export.tools import PackageError, coremltools, quiet
 
 DTYPES = {
     "fp16": torch.float16,
@@ -31,10 +32,6 @@ DTYPES = {
     "int32": torch.int32,
     "bool": torch.bool,
 }
-
-
-class UnsupportedOp(ExportError):
-    """The program has an operation that the interpreter lacks; names it."""
 
 
 class Program:
@@ -425,16 +422,19 @@ OPERATIONS: dict[str, Callable[[_Arguments], Tensor | tuple[Tensor, ...]]] = {
     "tile": lambda a: a.tensor("x").tile(a.integers("reps")),
     "transpose": lambda a: a.tensor("x").permute(a.integers("perm")),
     "upsample_nearest_neighbor": _nearest,
+    **OTHERS,
 }
+
+
+def _lacks(operation: str) -> Callable[[_Arguments], Tensor]:
+    def refuse(_: _Arguments) -> Tensor:
+        raise UnsupportedOp(f"accumulate='fp16': how {operation} sums is not known; our packages have none")
+
+    return refuse
+
 
 _SUMS_IN_FP16: dict[str, Callable[[_Arguments], Tensor]] = {
     **accumulation.OPERATIONS,
     "conv": lambda a: _conv(a, narrow=True),
-    "layer_norm": lambda a: _lacks("layer_norm"),
-    "reduce_l2_norm": lambda a: _lacks("reduce_l2_norm"),
-    "scaled_dot_product_attention": lambda a: _lacks("scaled_dot_product_attention"),
+    **{name: _lacks(name) for name in ("layer_norm", "reduce_l2_norm", "scaled_dot_product_attention", *SUMMING)},
 }
-
-
-def _lacks(operation: str) -> Tensor:
-    raise UnsupportedOp(f"accumulate='fp16': how {operation} sums is not known; our packages have none")
