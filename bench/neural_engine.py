@@ -177,7 +177,8 @@ def _ours(part: str) -> Callable[[Path], None]:
         from snapgen.config import PRESETS
         from snapgen.decoder import TinyDecoder
         from snapgen.export.convert import convert
-        from snapgen.export.parts import Decoder, Denoiser, Part
+        from snapgen.export.denoiser import Denoiser
+        from snapgen.export.parts import Decoder, Part
         from snapgen.unet import SnapGenUNet
         from snapgen_kernels import use
 

@@ -289,6 +289,28 @@ def export_audit(
         sys.exit(2)
 
 
+def export_compare(
+    package: Positional[Path],
+    checkpoint: Positional[str] = "tiny",
+    *,
+    case: int = 0,
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    options: OmitArgPrefixes[Options] = DEFAULTS,
+) -> None:
+    """At which layer a package's numbers leave the checkpoint's: every layer, run here, against PyTorch in fp32.
+
+    Args:
+        package: An .mlpackage of `snapgen export`.
+        checkpoint: What it was exported from: a folder, or the name of a shipped one.
+        case: Which of the test cases (times of the denoiser, captions), from 0.
+        out: Also write the report here as JSON.
+        options: As the package was exported with.
+    """
+    from snapgen.export.divergence import main_compare
+
+    main_compare(package, checkpoint, out, options, case, console)
+
+
 def demo(*, out: Annotated[Path, arg(aliases=["-o"])] = Path("out"), per_skill: int = 25) -> None:
     """Draw, score, time, export, and write it all to one report.html.
 
@@ -315,6 +337,7 @@ EXPORTS: dict[str, Any] = {
     "verify": export_verify,
     "coreai": export_coreai,
     "audit": export_audit,
+    "compare": export_compare,
 }
 EXPORTS_ABOUT = "Export a checkpoint for phones, and look into what was exported."
 

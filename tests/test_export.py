@@ -462,7 +462,10 @@ def test_a_repeat_in_another_process_gives_the_same_bytes(exported, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(parts=("unet",)), "parts: unknown part 'unet'; choose from denoiser, decoder, text_encoder"),
+        (
+            dict(parts=("unet",)),
+            "parts: unknown part 'unet'; choose from denoiser, decoder, text_encoder, text_encoder_2, ",
+        ),
         (dict(parts=("decoder", "decoder")), "names one twice"),
         (dict(target="iOS15"), "target: got 'iOS15'; allowed are iOS17, iOS18"),
         (dict(batch=3), "batch: got 3; allowed are 1 and 2"),
@@ -474,12 +477,6 @@ def test_bad_arguments_are_named(pipe, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         export_pipeline(pipe, tmp_path / "out", Options(**arguments))
     assert not (tmp_path / "out").exists()
-
-
-def test_text_encoders_of_others_are_refused(pipe, tmp_path):
-    large = SnapGenPipeline(**pipe.components, joint_text=False)
-    with pytest.raises(ExportError, match="text_encoder: only one that was trained with the denoiser is exported"):
-        export_pipeline(large, tmp_path / "out", Options(parts=("text_encoder",)))
 
 
 def test_without_coremltools_it_says_how_to_get_it(pipe, tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 pytest.importorskip("coremltools", reason="the Core ML export is an optional part")
 
+from snapgen.export import accumulation
 from snapgen.export.inspect import describe
 from snapgen.export.interpreter import OPERATIONS, Program, UnsupportedOp
-from snapgen.export.tools import PackageError, coremltools, quiet
+from snapgen.export.tools import ExportError, PackageError, coremltools, quiet
 
 X = torch.linspace(-2.9, 3.1, 2 * 4 * 6 * 6).reshape(2, 4, 6, 6)[
     :, :, torch.randperm(6, generator=torch.Generator().manual_seed(0))
@@ -197,6 +198,123 @@ def expectations() -> dict:
     }
 
 
+def others() -> dict:
+    """As `expectations`, for the operations that packages of others have."""
+    n = lambda tensor: tensor.numpy()  # noqa: E731
+    unit = X / 4
+    kernel = dict(kernel_sizes=[2, 3], strides=[2, 1])
+    indices = torch.tensor([2, 0, 3, 1]).reshape(1, 4, 1, 1).expand(2, 4, 6, 6).contiguous()
+    padded = F.pad(X, (1, 1, 1, 0), value=-math.inf)
+    return {
+        "acos": [(lambda mb, x, y, p: mb.acos(x=mb.mul(x=x, y=np.float32(0.25))), unit.acos())],
+        "asin": [(lambda mb, x, y, p: mb.asin(x=mb.mul(x=x, y=np.float32(0.25))), unit.asin())],
+        "atan": [(lambda mb, x, y, p: mb.atan(x=x), X.atan())],
+        "avg_pool": [
+            (lambda mb, x, y, p: mb.avg_pool(x=x, pad_type="valid", **kernel), F.avg_pool2d(X, (2, 3), (2, 1))),
+            (
+                lambda mb, x, y, p: mb.avg_pool(
+                    x=x, kernel_sizes=[3, 3], pad_type="custom", pad=[1, 1, 1, 1], exclude_padding_from_average=True
+                ),
+                F.avg_pool2d(X, 3, 1, 1, count_include_pad=False),
+            ),
+        ],
+        "clamped_relu": [
+            (
+                lambda mb, x, y, p: mb.clamped_relu(x=x, alpha=0.5, beta=1.5),
+                torch.where(X >= 0, X, 0.5 * X).clamp(max=1.5),
+            )
+        ],
+        "conv_transpose": [
+            (
+                lambda mb, x, y, p: mb.conv_transpose(
+                    x=x, weight=n(WEIGHT.reshape(4, 8, 3, 3)), pad_type="custom", pad=[1, 0, 1, 1], strides=[2, 1]
+                ),
+                F.conv_transpose2d(X, WEIGHT.reshape(4, 8, 3, 3), stride=(2, 1))[:, :, 1:, 1:-1],
+            )
+        ],
+        "cosh": [(lambda mb, x, y, p: mb.cosh(x=x), X.cosh())],
+        "cumsum": [
+            (lambda mb, x, y, p: mb.cumsum(x=x, axis=1), X.cumsum(1)),
+            (
+                lambda mb, x, y, p: mb.cumsum(x=x, axis=2, exclusive=True, reverse=True),
+                X.flip(2).cumsum(2).flip(2) - X,
+            ),
+        ],
+        "depth_to_space": [
+            (
+                lambda mb, x, y, p: mb.depth_to_space(x=x, block_size=2),
+                X.reshape(2, 2, 2, 1, 6, 6).permute(0, 3, 4, 1, 5, 2).reshape(2, 1, 12, 12),
+            )
+        ],
+        "elu": [(lambda mb, x, y, p: mb.elu(x=x, alpha=0.7), F.elu(X, 0.7))],
+        "exp2": [(lambda mb, x, y, p: mb.exp2(x=x), X.exp2())],
+        "flatten2d": [(lambda mb, x, y, p: mb.flatten2d(x=x, axis=2), X.reshape(8, 36))],
+        "gather_along_axis": [
+            (
+                lambda mb, x, y, p: mb.gather_along_axis(
+                    x=x, indices=np.int32(n(indices)), axis=1, validate_indices=False
+                ),
+                X.gather(1, indices),
+            )
+        ],
+        "instance_norm": [
+            (
+                lambda mb, x, y, p: mb.instance_norm(x=x, gamma=n(CHANNEL), beta=n(-CHANNEL), epsilon=0.5),
+                F.instance_norm(X, weight=CHANNEL, bias=-CHANNEL, eps=0.5),
+            )
+        ],
+        "leaky_relu": [(lambda mb, x, y, p: mb.leaky_relu(x=x, alpha=0.2), F.leaky_relu(X, 0.2))],
+        "linear_activation": [(lambda mb, x, y, p: mb.linear_activation(x=x, alpha=0.5, beta=2.0), X / 2 + 2)],
+        "logical_xor": [
+            (lambda mb, x, y, p: mb.logical_xor(x=mb.less(x=x, y=y), y=mb.less(x=x, y=1.0)), (X < Y) ^ (X < 1))
+        ],
+        "max_pool": [
+            (
+                lambda mb, x, y, p: mb.max_pool(x=x, pad_type="custom", pad=[1, 0, 1, 1], **kernel),
+                F.max_pool2d(padded, (2, 3), (2, 1)),
+            )
+        ],
+        "mod": [(lambda mb, x, y, p: mb.mod(x=x, y=p), X - (X / POSITIVE).floor() * POSITIVE)],
+        "one_hot": [
+            (
+                lambda mb, x, y, p: mb.one_hot(
+                    indices=mb.reduce_argmax(x=x, axis=3), one_hot_vector_size=6, axis=1, on_value=2.0, off_value=-1.0
+                ),
+                F.one_hot(X.argmax(3), 6).movedim(-1, 1) * 3.0 - 1.0,
+            )
+        ],
+        "pad": [
+            (
+                lambda mb, x, y, p: mb.pad(x=x, pad=[1, 0, 2, 3], mode="constant", constant_val=0.5),
+                F.pad(X, (2, 3, 1, 0), value=0.5),
+            ),
+            (lambda mb, x, y, p: mb.pad(x=x, pad=[1, 0, 2, 3], mode="reflect"), F.pad(X, (2, 3, 1, 0), mode="reflect")),
+        ],
+        "reduce_argmin": [(lambda mb, x, y, p: mb.reduce_argmin(x=x, axis=2), X.argmin(2))],
+        "reduce_l1_norm": [(lambda mb, x, y, p: mb.reduce_l1_norm(x=x, axes=[1, 2]), X.abs().sum((1, 2)))],
+        "reduce_log_sum_exp": [(lambda mb, x, y, p: mb.reduce_log_sum_exp(x=x, axes=[-1]), X.logsumexp(-1))],
+        "reduce_prod": [(lambda mb, x, y, p: mb.reduce_prod(x=x, axes=[1, 3]), X.prod(3).prod(1))],
+        "relu6": [(lambda mb, x, y, p: mb.relu6(x=mb.mul(x=x, y=np.float32(4))), (4 * X).clamp(0, 6))],
+        "reverse": [(lambda mb, x, y, p: mb.reverse(x=x, axes=[1, 3]), X.flip(1, 3))],
+        "round": [(lambda mb, x, y, p: mb.round(x=x), X.round())],
+        "scaled_tanh": [(lambda mb, x, y, p: mb.scaled_tanh(x=x, alpha=0.5, beta=2.0), 0.5 * (2 * X).tanh())],
+        "sigmoid_hard": [(lambda mb, x, y, p: mb.sigmoid_hard(x=x, alpha=0.2, beta=0.5), (0.2 * X + 0.5).clamp(0, 1))],
+        "sign": [(lambda mb, x, y, p: mb.sign(x=x), X.sign())],
+        "sinh": [(lambda mb, x, y, p: mb.sinh(x=x), X.sinh())],
+        "slice_by_size": [
+            (lambda mb, x, y, p: mb.slice_by_size(x=x, begin=[0, 1, 2, 0], size=[2, 2, -1, 6]), X[:, 1:3, 2:])
+        ],
+        "softplus": [(lambda mb, x, y, p: mb.softplus(x=x), F.softplus(X))],
+        "softsign": [(lambda mb, x, y, p: mb.softsign(x=x), X / (1 + X.abs()))],
+        "tan": [(lambda mb, x, y, p: mb.tan(x=mb.mul(x=x, y=np.float32(0.25))), unit.tan())],
+        "threshold": [(lambda mb, x, y, p: mb.threshold(x=x, alpha=0.3), X.clamp(min=0.3))],
+        "topk": [
+            (lambda mb, x, y, p: mb.topk(x=x, k=2, axis=2)[0], X.topk(2, 2).values),
+            (lambda mb, x, y, p: mb.topk(x=x, k=3, axis=3, ascending=True)[1], X.topk(3, 3, largest=False).indices),
+        ],
+    }
+
+
 def save(program, path: Path) -> Path:
     """A MIL program as a package, its operations as they were written."""
     ct = coremltools()
@@ -226,7 +344,7 @@ def build(make, path: Path, **inputs: torch.Tensor) -> Path:
 
 
 def test_every_operation_agrees_with_pytorch_in_fp32(tmp_path):
-    wanted = expectations()
+    wanted = expectations() | others()
     assert wanted.keys() == OPERATIONS.keys()
     flat = [(name, how, value) for name, cases in wanted.items() for how, value in cases]
     q, k = X[:, :, :4, :4], Y[:, :4, :4]
@@ -311,8 +429,10 @@ def test_compressed_weights_run_as_they_are_stored(tmp_path, how):
 
 
 def test_a_missing_operation_is_named(tmp_path):
-    path = build(lambda mb, x: mb.cumsum(x=mb.atan(x=x), axis=1), tmp_path / "odd.mlpackage", x=X)
-    with pytest.raises(UnsupportedOp, match=r"odd\.mlpackage: has operations that the interpreter lacks: atan, cumsum"):
+    path = build(lambda mb, x: mb.erf(x=mb.atanh(x=mb.band_part(x=x))), tmp_path / "odd.mlpackage", x=X)
+    with pytest.raises(
+        UnsupportedOp, match=r"odd\.mlpackage: has operations that the interpreter lacks: atanh, band_part"
+    ):
         Program(path)
 
 
@@ -332,3 +452,110 @@ def test_inputs_are_left_alone(tmp_path):
     before = X.clone()
     Program(path)({"x": X})
     assert torch.equal(X, before)
+
+
+# --- sums in fp16 ---------------------------------------------------------------------------------------------------
+
+
+def in_order(products) -> np.float16:
+    """fp16(s + a * b) over exact products, as fp32 numbers; one by one, by numpy."""
+    total = np.float16(0)
+    for product in products:
+        total = np.float16(np.float32(total) + np.float32(product))
+    return total
+
+
+def narrow(make, path: Path, **inputs: torch.Tensor) -> np.ndarray:
+    (got,) = Program(build(make, path, **inputs), accumulate="fp16")(inputs).values()
+    assert got.dtype == torch.float16
+    return got.numpy()
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))) * 3 + 1).half()
+
+
+def test_products_accumulate_in_fp16(tmp_path):
+    a, b = drawn(3, 200), drawn(200, 2)
+    wanted = np.array([[in_order(a[i].float() * b[:, j].float()) for j in range(2)] for i in range(3)])
+    assert np.array_equal(narrow(lambda mb, a, b: mb.matmul(x=a, y=b), tmp_path / "m.mlpackage", a=a, b=b), wanted)
+    # The mode matters: sums in fp32 round otherwise.
+    assert not np.array_equal((a.float() @ b.float()).half().numpy(), wanted)
+
+    weight, bias = b.mT.numpy(), np.float16([0.3, -7.0])
+    linear = narrow(lambda mb, a: mb.linear(x=a, weight=weight, bias=bias), tmp_path / "l.mlpackage", a=a)
+    assert np.array_equal(linear, (wanted.astype(np.float32) + bias.astype(np.float32)).astype(np.float16))
+
+    k, q = drawn(1, 5, 1, 64), drawn(1, 64, 1, 3)
+    got = narrow(
+        lambda mb, k, q: mb.einsum(values=(k, q), equation="bkhc,bchq->bkhq"), tmp_path / "e.mlpackage", k=k, q=q
+    )
+    scores = [[in_order(k[0, i, 0].float() * q[0, :, 0, j].float()) for j in range(3)] for i in range(5)]
+    assert np.array_equal(got[0, :, 0], np.array(scores))
+
+
+@pytest.mark.parametrize(
+    ("groups", "strides", "dilations"), [(1, (1, 1), (1, 1)), (2, (2, 1), (1, 2)), (4, (1, 1), (1, 1))]
+)
+def test_convolutions_accumulate_in_fp16(tmp_path, groups, strides, dilations):
+    """Over channels of the group, then rows and columns of the kernel; the bias last."""
+    x, weight, bias = drawn(1, 4, 6, 7), drawn(4, 4 // groups, 3, 3), drawn(4)
+    arguments = dict(weight=weight.numpy(), bias=bias.numpy(), groups=groups)
+    got = narrow(
+        lambda mb, x: mb.conv(
+            x=x, pad_type="custom", pad=[1, 1, 1, 1], strides=list(strides), dilations=list(dilations), **arguments
+        ),
+        tmp_path / "c.mlpackage",
+        x=x,
+    )
+    padded, per = F.pad(x.float(), (1, 1, 1, 1))[0], 4 // groups
+    wanted = np.empty_like(got)
+    for out in range(4):
+        for row in range(got.shape[2]):
+            for column in range(got.shape[3]):
+                window = padded[
+                    out // per * per : out // per * per + per,
+                    row * strides[0] : row * strides[0] + 2 * dilations[0] + 1 : dilations[0],
+                    column * strides[1] : column * strides[1] + 2 * dilations[1] + 1 : dilations[1],
+                ]
+                total = in_order((window * weight[out].float()).flatten())
+                wanted[0, out, row, column] = np.float16(np.float32(total) + np.float32(bias[out]))
+    assert np.array_equal(got, wanted)
+
+
+def test_reductions_accumulate_in_fp16(tmp_path):
+    x = drawn(3, 20, 30)
+    rows = [in_order(row.flatten()) for row in x.float()]
+    got = narrow(lambda mb, x: mb.reduce_sum(x=x, axes=[1, 2]), tmp_path / "s.mlpackage", x=x)
+    assert np.array_equal(got, np.array(rows))
+    got = narrow(lambda mb, x: mb.reduce_mean(x=x, axes=[-1, 1], keep_dims=True), tmp_path / "m.mlpackage", x=x)
+    assert np.array_equal(got.reshape(-1), np.array([np.float16(np.float32(row) / np.float32(600)) for row in rows]))
+
+    got = narrow(lambda mb, x: mb.softmax(x=x, axis=1), tmp_path / "x.mlpackage", x=x)
+    powers = (x.float() - x.float().amax(1, keepdim=True)).exp().half()
+    for i in range(3):
+        for j in range(30):
+            total = np.float32(in_order(powers[i, :, j].float()))
+            wanted = (powers[i, :, j].float().numpy() / total).astype(np.float16)
+            assert np.array_equal(got[i, :, j], wanted)
+
+
+def test_a_sum_in_fp16_may_overflow_on_its_way(tmp_path):
+    """60000 + 60000 - 60000 is 60000 in fp32 and inf in fp16, whatever comes after."""
+    x = torch.tensor([6e4, 6e4, -6e4]).half()
+    path = build(lambda mb, x: mb.reduce_sum(x=x, axes=[0], keep_dims=True), tmp_path / "s.mlpackage", x=x)
+    (wide,), (small,) = (Program(path, accumulate=kind)({"x": x}).values() for kind in ("fp32", "fp16"))
+    assert wide.item() == 60000 and math.isinf(small.item())
+
+
+def test_what_is_too_large_or_unknown_for_sums_in_fp16_is_refused(tmp_path, monkeypatch):
+    a, b = drawn(3, 200), drawn(200, 2)
+    path = build(lambda mb, a, b: mb.matmul(x=a, y=b), tmp_path / "m.mlpackage", a=a, b=b)
+    with pytest.raises(ValueError, match="accumulate: got 'bf16'; allowed are 'fp32' and 'fp16'"):
+        Program(path, accumulate="bf16")
+    monkeypatch.setattr(accumulation, "LIMIT", 1199)
+    with pytest.raises(ExportError, match=r"accumulate='fp16': an operation has 1\.2e\+03 additions, at most 1e\+03"):
+        Program(path, accumulate="fp16")({"a": a, "b": b})
+    norm = build(lambda mb, a: mb.reduce_l2_norm(x=a, axes=[1]), tmp_path / "n.mlpackage", a=a)
+    with pytest.raises(UnsupportedOp, match="accumulate='fp16': how reduce_l2_norm sums is not known"):
+        Program(norm, accumulate="fp16")({"a": a})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io as memory
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,9 @@ def show(reports: Sequence[Report], phone: phones.Phone, console: Console, *, on
         for note in found.notes:
             console.print(escape(f"  {note}"), highlight=False, soft_wrap=True)
         worst = _worst_working_sets(found)[:3]
-        listed = ", ".join(f"{op.op.name} ({op.op.type}) {report.size(op.working_set)}" for op in worst)
-        if listed:
-            console.print(escape(f"  largest working sets: {listed}"), highlight=False, soft_wrap=True)
+        largest = ", ".join(f"{op.op.name} ({op.op.type}) {report.size(op.working_set)}" for op in worst)
+        if largest:
+            console.print(escape(f"  largest working sets: {largest}"), highlight=False, soft_wrap=True)
     table = Table(title="estimated time of a prediction, without what falls back", title_justify="left")
     table.add_column("package")
     devices = (phone,) if only else phones.PHONES
@@ -278,11 +278,11 @@ def _plot(found: Report, phone: phones.Phone) -> Html:
         return report.note("No step has both arithmetic and memory traffic.")
     shares = phones.shares()
     compute, rate = phone.peak * shares.compute, phone.bandwidth * shares.memory
-    spent: Counter[float] = Counter()  # steps of one intensity lie on one another: one dot for all of them
+    spent: dict[float, float] = defaultdict(float)  # steps of one intensity lie on one another: one dot for all of them
     for step in steps:
         spent[round(math.log10(step.flops / step.moved), 2)] += max(step.flops / compute, step.moved / rate)
     intensity = 10 ** np.array(sorted(spent))
-    share = np.array([spent[key] for key in sorted(spent)]) / spent.total()
+    share = np.array([spent[key] for key in sorted(spent)]) / sum(spent.values())
     reached = np.minimum(compute, intensity * rate)
     figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
     axes = figure.subplots()

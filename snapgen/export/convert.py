@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from snapgen.export import names
 from snapgen.export.parts import Part
 from snapgen.export.tools import coremltools, quiet, snapgen_version
 from snapgen_kernels import use
@@ -50,6 +51,7 @@ def convert(part: Part, package: Path, target: str) -> None:
     ct = coremltools()
     passes = ct.PassPipeline(list(PASSES), "snapgen")
     with torch.no_grad(), use("reference"), torch.random.fork_rng(devices=[]), quiet():
+        # By name: a part whose inputs' names depend on its place takes **inputs.
         program = torch.export.export(part, (), part.arguments()).run_decompositions({})
         ct.convert(
             program,
@@ -61,7 +63,7 @@ def convert(part: Part, package: Path, target: str) -> None:
             skip_model_load=True,
             package_dir=str(package),
         )
-    stamp(part, package)
+    stamp(part, package, names.nodes(program, tuple(name for name, _ in part.outputs)))
 
 
 def _holds_in_fp16(op: Any) -> bool:
@@ -78,8 +80,11 @@ def _holds_in_fp16(op: Any) -> bool:
     return not (op.op_type in waves or (op.op_type in ("mul", "reshape", "expand_dims") and leads_to_waves(op, 1)))
 
 
-def stamp(part: Part, package: Path) -> None:
-    """Write the metadata into a fresh package, and take out of it whatever differs between two exports."""
+def stamp(part: Part, package: Path, layers: dict[str, str] | None = None) -> None:
+    """Write the metadata into a fresh package, and take out of it whatever differs between two exports.
+
+    `layers` are those of `snapgen.export.names.nodes`.
+    """
     manifest_file = package / "Manifest.json"
     manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
     root = package / "Data" / manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
@@ -89,6 +94,8 @@ def stamp(part: Part, package: Path) -> None:
     metadata.shortDescription, metadata.author, metadata.license = part.about, AUTHOR, LICENSE
     metadata.versionString = snapgen_version()
     metadata.userDefined.pop(CONVERSION_DATE, None)
+    if layers is not None:
+        names.stamp(spec, layers)
     about = {feature.name: feature.about for feature in part.inputs} | dict(part.outputs)
     for described in (spec.description, *spec.description.functions):
         for feature in (*described.input, *described.output):

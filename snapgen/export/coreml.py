@@ -17,6 +17,7 @@ from snapgen.export import inspect, parity
 from snapgen.export.compress import compress
 from snapgen.export.convert import LICENSE, convert
 from snapgen.export.denoiser import Denoiser, DenoiserChunk, schedule
+from snapgen.export.gemma import gemma_chunks
 from snapgen.export.golden import Golden, decibels
 from snapgen.export.golden import write as write_golden
 from snapgen.export.interpreter import Chain, Program
@@ -26,6 +27,7 @@ from snapgen.export.parts import Decoder, Part
 from snapgen.export.text import TextEncoder
 from snapgen.export.tools import ExportError, coremltools, snapgen_version
 from snapgen.export.vocabulary import write_vocabulary
+from snapgen.text import CLIP_TOKENS
 from snapgen_kernels import use
 
 SCHEDULE = "Schedule.json"
@@ -59,12 +61,10 @@ def export_pipeline(
             budget of `options.compress`.
         ParityError: a part is below its floor.
     """
-    names = options.parts or tuple(name for name in PARTS if name != "text_encoder" or pipe.config.joint_text)
-    if "text_encoder" in names and not pipe.config.joint_text:
-        raise ExportError(
-            "text_encoder: only one that was trained with the denoiser is exported; leave it out of `parts` for "
-            "pipelines with CLIP-L, CLIP-G or Gemma-2"
-        )
+    names = options.parts or tuple(name for name in PARTS if getattr(pipe, name) is not None)
+    for name in names:
+        if getattr(pipe, name) is None:
+            raise ExportError(f"parts: the pipeline has no {name}; leave it out")
     if any(name not in names for name in options.compress_parts):
         raise ExportError(
             f"compress_parts: got {', '.join(options.compress_parts)}; of them only {', '.join(names)} can be exported"
@@ -152,7 +152,13 @@ def build_parts(pipe: Any, name: str, options: Options, tokens: int) -> list[Par
             return [DenoiserChunk(whole, False), DenoiserChunk(whole, True)] if options.chunks else [whole]
         if name == "decoder":
             return [Decoder(pipe.decoder, batch=1, height=height, width=width)]
-        return [TextEncoder(pipe.text_encoder, batch=1, tokens=tokens)]
+        if name == "text_encoder_3":
+            return [*gemma_chunks(pipe.text_encoder_3, batch=1, tokens=int(pipe.config.max_tokens))]
+        if pipe.config.joint_text:
+            return [TextEncoder(pipe.text_encoder, batch=1, tokens=tokens)]
+        model = pipe.text_encoder if name == "text_encoder" else pipe.text_encoder_2
+        file = "TextEncoder.mlpackage" if name == "text_encoder" else "TextEncoder2.mlpackage"
+        return [TextEncoder(model, batch=1, tokens=CLIP_TOKENS, penultimate=True, file=file)]
 
 
 def _convert_part(pipe: Any, name: str, choices: dict[str, Options], tokens: int, folder: Path) -> list[Path]:

@@ -2,23 +2,25 @@
 
 Every value is held in the dtype that the program declares: an operation takes its inputs as they were rounded, computes
 and accumulates in fp32, and rounds once to the declared dtype of its output. So overflow of fp16 shows as inf here as
-it does on a device. What it does not show is where Core ML places an operation, and what the Neural Engine accumulates
-in.
+it does on a device. What it does not show is where Core ML places an operation, nor what the Neural Engine accumulates
+in, which is not documented: `snapgen.export.accumulation` has the pessimistic bound, sums in fp16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from snapgen.export import accumulation
 from snapgen.export.inspect import default_function, read_spec
-from snapgen.export.tools import ExportError, PackageError, coremltools, quiet
+from snapgen.export.operations import OTHERS, SUMMING, UnsupportedOp
+from snapgen.export.tools import PackageError, coremltools, quiet
 
 DTYPES = {
     "fp16": torch.float16,
@@ -32,23 +34,27 @@ DTYPES = {
 }
 
 
-class UnsupportedOp(ExportError):
-    """The program has an operation that the interpreter lacks; names it."""
-
-
 class Program:
     """One function of a Core ML package, ready to run.
 
     Args:
         path: an .mlpackage.
         function: which of its functions; by default the package's default.
+        accumulate: "fp32"; or "fp16": convolutions, matrix products, einsum, linear, sums, means and softmax whose
+            output is fp16 round every partial sum, as `snapgen.export.accumulation` says. For small models only.
 
     Raises:
         PackageError: it cannot be read, or has no such function.
         UnsupportedOp: it has operations that are missing here; names all of them.
+        ValueError: `accumulate` is neither.
     """
 
-    def __init__(self, path: str | Path, function: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, function: str | None = None, *, accumulate: Literal["fp32", "fp16"] = "fp32"
+    ) -> None:
+        if accumulate not in ("fp32", "fp16"):
+            raise ValueError(f"accumulate: got {accumulate!r}; allowed are 'fp32' and 'fp16'")
+        self.accumulate = accumulate
         spec, weights = read_spec(path)
         if spec.WhichOneof("Type") != "mlProgram":
             raise PackageError(f"{path}: holds a {spec.WhichOneof('Type')}; only ML programs can be run here")
@@ -90,11 +96,15 @@ class Program:
 
         Raises:
             ValueError: an input is missing, unknown, or of another shape.
+            ExportError: an operation is too large to accumulate in fp16, or no such form of it is known.
         """
         values = self._checked(inputs)
         for index, op in enumerate(self._steps):
             arguments = {name: self._resolve(value, values) for name, value in op.inputs.items()}
-            results = OPERATIONS[op.op_type](_Arguments(arguments))
+            run = OPERATIONS[op.op_type]
+            if self.accumulate == "fp16" and DTYPES[_dtype(op.outputs[0])] == torch.float16:
+                run = _SUMS_IN_FP16.get(op.op_type, run)
+            results = run(_Arguments(arguments))
             for var, result in zip(op.outputs, results if isinstance(results, tuple) else (results,), strict=True):
                 values[var.name] = result.to(DTYPES[_dtype(var)])
                 if watch is not None:
@@ -233,7 +243,7 @@ def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callabl
     return run
 
 
-def _conv(a: _Arguments) -> Tensor:
+def _conv(a: _Arguments, narrow: bool = False) -> Tensor:
     x, weight = a.tensor("x"), a.tensor("weight")
     spatial = x.ndim - 2
     strides = a.integers("strides") if "strides" in a else [1] * spatial
@@ -247,8 +257,11 @@ def _conv(a: _Arguments) -> Tensor:
         raise UnsupportedOp(f"the interpreter lacks convolutions with pad_type {kind!r}")
     # MIL lists (before, after) from the first axis, F.pad from the last.
     x = F.pad(x, [amount for axis in reversed(range(spatial)) for amount in pads[2 * axis : 2 * axis + 2]])
+    groups = a.integer("groups") if "groups" in a else 1
+    if narrow:
+        return accumulation.convolution(x, weight, a.maybe("bias"), strides, dilations, groups)
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[spatial]
-    return convolve(x, weight, a.maybe("bias"), strides, 0, dilations, a.integer("groups") if "groups" in a else 1)
+    return convolve(x, weight, a.maybe("bias"), strides, 0, dilations, groups)
 
 
 def _batch_norm(a: _Arguments) -> Tensor:
@@ -412,4 +425,19 @@ OPERATIONS: dict[str, Callable[[_Arguments], Tensor | tuple[Tensor, ...]]] = {
     "tile": lambda a: a.tensor("x").tile(a.integers("reps")),
     "transpose": lambda a: a.tensor("x").permute(a.integers("perm")),
     "upsample_nearest_neighbor": _nearest,
+    **OTHERS,
+}
+
+
+def _lacks(operation: str) -> Callable[[_Arguments], Tensor]:
+    def refuse(_: _Arguments) -> Tensor:
+        raise UnsupportedOp(f"accumulate='fp16': how {operation} sums is not known; our packages have none")
+
+    return refuse
+
+
+_SUMS_IN_FP16: dict[str, Callable[[_Arguments], Tensor]] = {
+    **accumulation.OPERATIONS,
+    "conv": lambda a: _conv(a, narrow=True),
+    **{name: _lacks(name) for name in ("layer_norm", "reduce_l2_norm", "scaled_dot_product_attention", *SUMMING)},
 }

@@ -26,10 +26,12 @@ def scaled_rsqrt(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, 
 
     With m = max(max|x|, sqrt(eps)), y = x / m and r = 1 / sqrt(mean(y^2) + eps / m^2). Both terms under the root lie in
     [0, 1] and their sum above 1 / n, so that no square overflows (|x| > 255 would) or vanishes (|x| < 2e-4 would), and
-    eps keeps its meaning at every magnitude.
+    eps keeps its meaning at every magnitude. Where sqrt(eps) is below fp16's smallest normal number, 2^-14, m is at
+    least that, since an engine may take subnormal numbers for 0.
     """
     root = torch.tensor(eps**0.5)  # a tensor: a number over a tensor becomes Core ML's `inverse`, 1 / (x + 1e-4)
-    scale = torch.maximum(x.abs().amax(dims, keepdim=True), root)
+    least = root if eps >= 2.0**-28 else torch.tensor(2.0**-14)
+    scale = torch.maximum(x.abs().amax(dims, keepdim=True), least)
     y = x / scale
     small = root / scale
     return y, torch.rsqrt((y * y).mean(dims, keepdim=True) + small * small)
@@ -40,7 +42,7 @@ class Pointwise(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 1, bias=bias)
-        self.register_load_state_dict_pre_hook(_on_weight("weight", lambda w: w.reshape(*w.shape[:2], 1, 1)))
+        self.register_load_state_dict_pre_hook(on_weight("weight", lambda w: w.reshape(*w.shape[:2], 1, 1)))
 
 
 class RMSNorm(nn.Module):
@@ -53,7 +55,7 @@ class RMSNorm(nn.Module):
         shape[dim] = width
         self.weight = nn.Parameter(torch.empty(shape))
         chosen = torch.arange(width) if order is None else order
-        self.register_load_state_dict_pre_hook(_on_weight("weight", lambda w: (w[chosen] * factor).reshape(shape)))
+        self.register_load_state_dict_pre_hook(on_weight("weight", lambda w: (w[chosen] * factor).reshape(shape)))
 
     def forward(self, x: Tensor) -> Tensor:
         y, r = scaled_rsqrt(x, (self.dim,), self.eps)
@@ -69,7 +71,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(1, width, 1, 1))
         self.bias = nn.Parameter(torch.empty(1, width, 1, 1))
         for name in ("weight", "bias"):
-            self.register_load_state_dict_pre_hook(_on_weight(name, lambda w: w.reshape(1, -1, 1, 1)))
+            self.register_load_state_dict_pre_hook(on_weight(name, lambda w: w.reshape(1, -1, 1, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         y, r = scaled_rsqrt(x - x.mean(1, keepdim=True), (1,), self.eps)
@@ -85,7 +87,7 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(1, channels, 1, 1))
         self.bias = nn.Parameter(torch.empty(1, channels, 1, 1))
         for name in ("weight", "bias"):
-            self.register_load_state_dict_pre_hook(_on_weight(name, lambda w: w.reshape(1, -1, 1, 1)))
+            self.register_load_state_dict_pre_hook(on_weight(name, lambda w: w.reshape(1, -1, 1, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -118,8 +120,8 @@ class SepConv(nn.Module):
         )
         self.pointwise = Pointwise(in_channels, out_channels, bias=False)
         if upsample:
-            self.depthwise.register_load_state_dict_pre_hook(_on_weight("weight", phases))
-            self.depthwise.register_load_state_dict_pre_hook(_on_weight("bias", lambda b: b.repeat_interleave(4)))
+            self.depthwise.register_load_state_dict_pre_hook(on_weight("weight", phases))
+            self.depthwise.register_load_state_dict_pre_hook(on_weight("bias", lambda b: b.repeat_interleave(4)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.depthwise(x)
@@ -218,7 +220,7 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(head_dim, eps, dim=2, order=order) if qk_norm else None
         q_scale = 1.0 if qk_norm else scale
         for projection, heads, factor in ((self.to_q, num_heads, q_scale), (self.to_k, 1, 1.0)):
-            projection.register_load_state_dict_pre_hook(_on_weight("weight", _reordered(heads, order, factor)))
+            projection.register_load_state_dict_pre_hook(on_weight("weight", _reordered(heads, order, factor)))
 
     def forward(self, x: Tensor, source: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
         """x [B, dim, 1, S], source [B, source_dim, 1, M], rope [1, 1, D, S] each, bias [B, M, 1, 1] added to scores."""
@@ -309,7 +311,7 @@ def _reordered(heads: int, order: Tensor, factor: float) -> Callable[[Tensor], T
     return apply
 
 
-def _on_weight(name: str, change: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+def on_weight(name: str, change: Callable[[Tensor], Tensor]) -> Callable[..., None]:
     """A load hook that replaces the module's entry `name`; the caller's tensors stay as they are."""
 
     def hook(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-PARTS = ("denoiser", "decoder", "text_encoder")
+PARTS = ("denoiser", "decoder", "text_encoder", "text_encoder_2", "text_encoder_3")
 TARGETS = ("iOS17", "iOS18")
 
 
@@ -44,7 +44,7 @@ class Compression:
 
         Not the decoder: it is 1.4M weights of 380M, and every pixel shows its errors. A budget is the denoiser's alone.
         """
-        return ("denoiser",) if self.budget is not None else ("denoiser", "text_encoder")
+        return ("denoiser",) if self.budget is not None else tuple(part for part in PARTS if part != "decoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,8 @@ class Options:
     """
 
     parts: tuple[str, ...] = ()
-    """Any of denoiser, decoder, text_encoder; by default all that the pipeline has."""
+    """Any of denoiser, decoder, text_encoder (CLIP-L, or the one that was trained along), text_encoder_2 (CLIP-G) and
+    text_encoder_3 (Gemma-2); by default all that the pipeline has."""
 
     target: Literal["iOS17", "iOS18"] = "iOS17"
     """Oldest system that runs the packages (iOS18 with macOS 15)."""
@@ -92,7 +93,7 @@ class Options:
     """Store weights as palette-8, palette-6, palette-4, int8, or mixed:SIZE (mixed:150MB): bits chosen to fit."""
 
     compress_parts: tuple[str, ...] = ()
-    """Parts to compress; by default denoiser and text_encoder, with mixed:SIZE the denoiser alone."""
+    """Parts to compress; by default all but the decoder, with mixed:SIZE the denoiser alone."""
 
     def __post_init__(self) -> None:
         for field in ("parts", "compress_parts"):

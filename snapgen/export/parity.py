@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,11 @@ from snapgen.export.denoiser import time_embeddings
 from snapgen.export.interpreter import Chain
 from snapgen.export.options import Compression
 from snapgen.export.tools import ParityError
-from snapgen.text import TextEmbedding
+from snapgen.text import TextEmbedding, encode_clip, encode_gemma
 from snapgen_kernels import use
 
-FLOORS = {"denoiser": 45.0, "decoder": 55.0, "text_encoder": 45.0}  # dB, for fp16 packages
+# dB, for fp16 packages
+FLOORS = {"denoiser": 45.0, "decoder": 55.0, "text_encoder": 45.0, "text_encoder_2": 45.0, "text_encoder_3": 45.0}
 # Of compressed packages, dB: what the shipped checkpoint "tiny" gives (in brackets, for iOS17) less 6 dB, which is what
 # one bit less would cost. But at least 20 dB, where the velocity is off by a tenth of its peak and pictures change.
 # Under a budget the bits are the user's choice: these are the lowest floors of the table.
@@ -112,7 +113,24 @@ def plain(module: nn.Module) -> nn.Module:
 
 def floor(name: str, compression: Compression | None = None) -> float:
     """The least PSNR, in dB, at which a part is kept."""
-    return FLOORS[name] if compression is None else COMPRESSED_FLOORS[compression.form or "mixed"][name]
+    return (
+        FLOORS[name]
+        if compression is None
+        else COMPRESSED_FLOORS[compression.form or "mixed"][name.removesuffix("_2").removesuffix("_3")]
+    )
+
+
+Borders = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Runner(Protocol):
+    """What is compared with the model: called with inputs by name, gives outputs by name."""
+
+    @property
+    def inputs(self) -> Borders:
+        """Name -> (shape, dtype)."""
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -136,12 +154,12 @@ class Case:
 
 
 @torch.no_grad()
-def measure(name: str, program: Chain, pipe: Any, cases: Cases) -> list[tuple[Case, float]]:
+def measure(name: str, program: Runner, pipe: Any, cases: Cases) -> list[tuple[Case, float]]:
     """Every case of a part, with the PSNR of the program's outputs.
 
     Args:
-        name: "denoiser", "decoder" or "text_encoder".
-        program: the part's packages.
+        name: one of `snapgen.export.options.PARTS`.
+        program: the part's packages, or whatever takes and gives the same.
     """
     with use("reference"):
         return [(case, case.compare(program(case.inputs))) for case in _CASES[name](program.inputs, pipe, cases)]
@@ -174,7 +192,7 @@ def check(name: str, program: Chain, pipe: Any, cases: Cases, compression: Compr
     """Worst PSNR of a part over the cases.
 
     Args:
-        name: "denoiser", "decoder" or "text_encoder".
+        name: one of `snapgen.export.options.PARTS`.
         program: the part's packages.
         compression: of its weights, which decides its floor; None for fp16.
 
@@ -183,9 +201,6 @@ def check(name: str, program: Chain, pipe: Any, cases: Cases, compression: Compr
     """
     figures = {case.name: figure for case, figure in measure(name, program, pipe, cases)}
     return hold(name, figures, compression)
-
-
-Borders = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def _denoiser(borders: Borders, pipe: Any, cases: Cases) -> Iterator[Case]:
@@ -221,6 +236,9 @@ def _decoder(borders: Borders, pipe: Any, cases: Cases) -> Iterator[Case]:
 
 
 def _text_encoder(borders: Borders, pipe: Any, cases: Cases) -> Iterator[Case]:
+    if not pipe.config.joint_text:
+        yield from _clip(borders, pipe.tokenizer, plain(pipe.text_encoder), cases)
+        return
     batch, tokens = borders["input_ids"][0]
     for index, caption in enumerate(cases.captions):
         ids = pipe.tokenizer(caption, padding="max_length", max_length=tokens, return_tensors="pt").input_ids
@@ -232,7 +250,41 @@ def _text_encoder(borders: Borders, pipe: Any, cases: Cases) -> Iterator[Case]:
         yield Case(f"{caption!r}", {"input_ids": ids.expand(batch, -1)}, outputs, counts)
 
 
-_CASES = {"denoiser": _denoiser, "decoder": _decoder, "text_encoder": _text_encoder}
+def _text_encoder_2(borders: Borders, pipe: Any, cases: Cases) -> Iterator[Case]:
+    return _clip(borders, pipe.tokenizer_2, plain(pipe.text_encoder_2), cases)
+
+
+def _clip(borders: Borders, tokenizer: Any, model: nn.Module, cases: Cases) -> Iterator[Case]:
+    batch, tokens = borders["input_ids"][0]
+    for caption in (*cases.captions, ""):
+        ids = tokenizer(caption, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt")
+        states, pooled = encode_clip([(tokenizer, model)], [caption], "cpu")
+        # Every row counts: the denoiser's mask leaves out none of CLIP's.
+        outputs = {"hidden_embeds": states.expand(batch, -1, -1), "pooled_outputs": pooled.expand(batch, -1)}
+        yield Case(f"{caption!r}", {"input_ids": ids.input_ids.expand(batch, -1)}, outputs)
+
+
+def _text_encoder_3(borders: Borders, pipe: Any, cases: Cases) -> Iterator[Case]:
+    batch, tokens = borders["input_ids"][0]
+    tokenizer, model = pipe.tokenizer_3, plain(pipe.text_encoder_3)
+    for caption in (*cases.captions, ""):
+        ids = tokenizer(caption, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt")
+        states, mask = encode_gemma(tokenizer, model, [caption], tokens, "cpu")
+        inputs = {
+            "input_ids": ids.input_ids.expand(batch, -1),
+            "attention_mask": mask[:, None, None].expand(batch, -1, -1, -1),
+        }
+        counts = {"last_hidden_state": mask.expand(batch, -1)}
+        yield Case(f"{caption!r}", inputs, {"last_hidden_state": states.expand(batch, -1, -1)}, counts)
+
+
+_CASES = {
+    "denoiser": _denoiser,
+    "decoder": _decoder,
+    "text_encoder": _text_encoder,
+    "text_encoder_2": _text_encoder_2,
+    "text_encoder_3": _text_encoder_3,
+}
 
 
 def _padded(text: TextEmbedding, tokens: int) -> TextEmbedding:
