@@ -27,9 +27,10 @@ from snapgen.export import audit_page, phones
 from snapgen.export.audit import Report, as_json, audit, packages, summary
 from snapgen.export.convert import convert
 from snapgen.export.cost import flops
+from snapgen.export.denoiser import Denoiser
 from snapgen.export.graph import Constant, Graph, Operation, Value, read_graphs
 from snapgen.export.inspect import describe
-from snapgen.export.parts import Decoder, Denoiser
+from snapgen.export.parts import Decoder
 from snapgen.export.rules import (
     COST,
     ENGINE,
@@ -46,6 +47,8 @@ from snapgen.export.rules import (
 from snapgen.export.tools import PackageError, coremltools, quiet
 from snapgen.unet import SnapGenUNet
 from snapgen_kernels import use
+
+pytestmark = pytest.mark.export
 
 
 def half(*shape: int) -> torch.Tensor:

@@ -15,10 +15,11 @@ from torch import nn
 
 pytest.importorskip("coremltools", reason="the Core ML export is an optional part")
 
-from snapgen.export import coreml, inspect, parity, rewrite, sensitivity
+from snapgen.export import inspect, parity, rewrite, sensitivity
+from snapgen.export.command import main_coreml
 from snapgen.export.compress import METADATA, allocate, compress
 from snapgen.export.convert import convert
-from snapgen.export.coreml import build_parts, export_pipeline, main_coreml
+from snapgen.export.coreml import build_parts, export_pipeline
 from snapgen.export.inspect import describe, report
 from snapgen.export.interpreter import Program
 from snapgen.export.options import Compression, Options
@@ -28,6 +29,8 @@ from snapgen.pipeline import SnapGenPipeline
 from snapgen.unet import SnapGenUNet
 from tests.test_export import UNET, contents, make_pipe, random_weights
 from tests.test_mil_interpreter import build
+
+pytestmark = pytest.mark.export
 
 TOKENS = 16
 
@@ -404,7 +407,7 @@ def test_sensitivities_are_the_true_errors(pipe, monkeypatch):
     # Rounded to fp16, outputs hide the smallest errors.
     monkeypatch.setattr(torch.Tensor, "half", lambda tensor: tensor)
     with torch.no_grad():
-        exact = [part(*case.inputs).double() for case in cases]
+        exact = [part(**case.inputs).double() for case in cases]
         estimated, true = [], []
         for key, parameter in list(weights.items())[::5]:
             before = parameter.clone()
@@ -413,7 +416,7 @@ def test_sensitivities_are_the_true_errors(pipe, monkeypatch):
                 palette = palettize(rounded.numpy(), bits)
                 change = torch.from_numpy(palette.lut[0].astype(np.float32)[palette.indices]) - rounded.float()
                 parameter.copy_(before + change)
-                moved = [part(*case.inputs).double() for case in cases]
+                moved = [part(**case.inputs).double() for case in cases]
                 true.append(
                     np.mean(
                         [float((a - b).square().mean() / b.abs().max() ** 2) for a, b in zip(moved, exact, strict=True)]
@@ -488,10 +491,10 @@ def test_a_budget_is_kept_and_used(package, pipe, target):
         assert all((layer["error"] == 0) == (layer["form"] == "fp16") for layer in found["layers"])
         program = Program(path)
         cases = parity.make_cases(pipe, TOKENS, 8, 8)
-        figures.append(parity._COMPARISONS["denoiser"](coreml.Chain([program]), pipe, cases))
+        figures.append([figure for _, figure in parity.measure("denoiser", program, pipe, cases)])
         # The peaks of 4 cases differ, and the worst of them counts for the gate.
-        assert abs(np.mean(list(figures[-1].values())) - found["expected_psnr"]) < 3
-    assert min(figures[1].values()) > min(figures[0].values()) + 3
+        assert abs(np.mean(figures[-1]) - found["expected_psnr"]) < 3
+    assert min(figures[1]) > min(figures[0]) + 3
 
 
 def test_a_budget_is_better_spent_than_on_all_alike(package, pipe):
@@ -502,7 +505,7 @@ def test_a_budget_is_better_spent_than_on_all_alike(package, pipe):
     budget = Compression(f"mixed:{size}B", None, size)
     assert compress("denoiser", [chosen], budget, "iOS17", pipe, TOKENS)["weight_bytes"] <= size
     worst = [
-        min(parity._COMPARISONS["denoiser"](coreml.Chain([Program(path)]), pipe, cases).values())
+        min(figure for _, figure in parity.measure("denoiser", Program(path), pipe, cases))
         for path in (uniform, chosen)
     ]
     assert worst[1] > worst[0] + 1
@@ -534,7 +537,7 @@ def test_an_export_is_compressed_checked_and_told(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "checkpoint")
     console = Console(file=StringIO(), width=80)
     options = Options(parts=("denoiser", "decoder"), compress="palette-8")
-    found = main_coreml(str(tmp_path / "checkpoint"), tmp_path / "out", options, console)["parts"]
+    found = main_coreml(str(tmp_path / "checkpoint"), tmp_path / "out", options, console=console)["parts"]
     assert found["denoiser"]["psnr"] >= found["denoiser"]["floor"] == parity.COMPRESSED_FLOORS["palette-8"]["denoiser"]
     assert "compression" not in found["decoder"] and found["decoder"]["floor"] == parity.FLOORS["decoder"]
     assert set(found["decoder"]["packages"][0]["weights"]) == {"float16"}

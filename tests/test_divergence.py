@@ -24,6 +24,8 @@ from snapgen.export.options import DEFAULTS
 from snapgen.export.tools import ExportError, coremltools, quiet
 from snapgen.pipeline import SnapGenPipeline
 
+pytestmark = pytest.mark.export
+
 
 @pytest.fixture(scope="module")
 def pipe():

@@ -39,6 +39,8 @@ from snapgen.sampler import make_scheduler
 from snapgen.text import build_tiny_text
 from snapgen.unet import SnapGenUNet
 
+pytestmark = pytest.mark.export
+
 FILES = {"denoiser": "Unet.mlpackage", "decoder": "VAEDecoder.mlpackage", "text_encoder": "TextEncoder.mlpackage"}
 BESIDE = {"Golden.safetensors", "Export.json"}
 UNET = dict(
@@ -297,8 +299,13 @@ def test_denoiser_in_exported_form_is_the_denoiser(changes):
     timestep = torch.tensor([999.7, 31.2])
     with torch.no_grad(), snapgen_kernels.use("reference"):
         wanted = unet(x.float(), timestep, context.float(), mask, None if pooled is None else pooled.float()).sample
-        text = (context.mT[:, :, None], mask[:, None, None].half())
-        got = part(x, timestep, *text, *([] if pooled is None else [pooled]))
+        inputs = {
+            "sample": x,
+            "timestep": timestep,
+            "encoder_hidden_states": context.mT[:, :, None],
+            "encoder_attention_mask": mask[:, None, None].half(),
+        }
+        got = part(**inputs, **({} if pooled is None else {"pooled_projections": pooled}))
     # The output alone is rounded to fp16.
     torch.testing.assert_close(got.float(), wanted, rtol=2.0**-11, atol=2e-5)
 

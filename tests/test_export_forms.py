@@ -23,6 +23,8 @@ from snapgen.pipeline import SnapGenPipeline
 from snapgen.sampler import make_scheduler
 from tests.test_export import make_pipe
 
+pytestmark = pytest.mark.export
+
 STEPS = 3
 
 

@@ -15,6 +15,8 @@ from snapgen.export.inspect import describe
 from snapgen.export.interpreter import OPERATIONS, Program, UnsupportedOp
 from snapgen.export.tools import ExportError, PackageError, coremltools, quiet
 
+pytestmark = pytest.mark.export
+
 X = torch.linspace(-2.9, 3.1, 2 * 4 * 6 * 6).reshape(2, 4, 6, 6)[
     :, :, torch.randperm(6, generator=torch.Generator().manual_seed(0))
 ]

@@ -32,6 +32,7 @@ from snapgen.export.tools import ExportError, ParityError, quiet, snapgen_versio
 from snapgen_kernels import use
 
 Progress = Callable[[str, float], None]
+GEMMA = "text_encoder_3"
 FLOOR_FP32 = 70.0  # dB, where Apple's own guide to Core AI asks for it too; fp16 has `parity.FLOORS`
 INSTALL = "pip install 'snapgen[coreai]'"
 PLATFORMS = "Linux on x86-64 with glibc 2.34, or macOS, and Python 3.11 to 3.13"
@@ -70,12 +71,12 @@ def export_pipeline(
             or a check took longer than `options.check_seconds`.
         ParityError: a part is below its floor.
     """
-    names = options.parts or tuple(name for name in PARTS if name != "text_encoder" or pipe.config.joint_text)
-    if "text_encoder" in names and not pipe.config.joint_text:
-        raise ExportError(
-            "text_encoder: only one that was trained with the denoiser is exported; leave it out of `parts` for "
-            "pipelines with CLIP-L, CLIP-G or Gemma-2"
-        )
+    names = options.parts or tuple(name for name in PARTS if getattr(pipe, name) is not None and name != GEMMA)
+    for name in names:
+        if getattr(pipe, name) is None:
+            raise ExportError(f"parts: the pipeline has no {name}; leave it out")
+    if GEMMA in names:
+        raise ExportError(f"parts: {GEMMA} (Gemma-2) takes several assets, which are not exported through Core AI")
     coreai_torch()
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
