@@ -46,7 +46,7 @@ def compare(package: str | Path, pipe: Any, options: Options = DEFAULTS, *, case
         package: an .mlpackage of `snapgen export`, compressed or not.
         pipe: a `SnapGenPipeline`.
         options: those that the package was exported with.
-        case: which of `parity.TIMES` and of its captions, from 0.
+        case: which of the cases of `parity.make_cases`, from 0.
 
     Returns:
         `package`, `part`, `case` (in words); `form`: PSNR of the exported form against the pipeline, the worst of all
@@ -60,8 +60,6 @@ def compare(package: str | Path, pipe: Any, options: Options = DEFAULTS, *, case
         ExportError: it is none of this pipeline's with these options, or it does not name its layers.
         ValueError: there is no such case.
     """
-    if not 0 <= case < len(parity.TIMES):
-        raise ValueError(f"case: got {case}; there are {len(parity.TIMES)}, from 0")
     package = Path(package)
     spec, _ = read_spec(package)
     variables = names.read(spec)
@@ -71,6 +69,8 @@ def compare(package: str | Path, pipe: Any, options: Options = DEFAULTS, *, case
     tokens, size = text_tokens(pipe), pipe.denoiser.config.sample_size
     name, parts, part = _find(package, program, pipe, options, tokens)
     cases = parity.make_cases(pipe, tokens, size, size)
+    if not 0 <= case < len(cases.times):
+        raise ValueError(f"case: got {case}; there are {len(cases.times)}, from 0")
     forms = _Forms(parts)
     form = min(figure for _, figure in parity.measure(name, forms, pipe, cases))
     inputs = forms.calls[case][part]
@@ -93,7 +93,7 @@ def compare(package: str | Path, pipe: Any, options: Options = DEFAULTS, *, case
     return {
         "package": str(package),
         "part": name,
-        "case": f"{f't = {parity.TIMES[case]:.3f}, ' if name == 'denoiser' else ''}{cases.captions[case]!r}",
+        "case": f"{f't = {cases.times[case]:.3f}, ' if name == 'denoiser' else ''}{cases.captions[case]!r}",
         "form": form,
         "outputs": {
             output: _figures(*(_rows(value, tokens_read) for value in (outputs[output], reference.float())))

@@ -39,17 +39,20 @@ COMPRESSED_FLOORS = {
     "mixed": {"denoiser": 20.0, "decoder": 26.0, "text_encoder": 20.0},
 }
 TIMES = (1.0, 20 / 28, 10 / 28, 1 / 28)  # of the cases: steps of a 28-step run; 1000 t is not exact in fp16
+FEW = TIMES[::2]  # for latents of `LARGE` cells and more, where a call takes a minute
+LARGE = 64 * 64
 
 
 @dataclass(frozen=True)
 class Cases:
-    """Inputs that a pipeline meets, one per entry of `TIMES`; fp32, on the CPU."""
+    """Inputs that a pipeline meets, one for each of `times`; fp32, on the CPU."""
 
     captions: tuple[str, ...]
     noisy: Tensor  # [cases, C, H, W], latents at time t
     clean: Tensor  # [cases, C, H, W]
     empty: TextEmbedding  # of the empty prompt, batch 1
     text: TextEmbedding  # of the captions, padded to the exported length
+    times: tuple[float, ...]  # of the noisy latents
 
 
 def psnr(output: Tensor, reference: Tensor) -> float:
@@ -66,7 +69,8 @@ def make_cases(pipe: Any, tokens: int, height: int, width: int) -> Cases:
     """Captioned scenes of the shapes world as latents of `height` x `width`, and their text in `tokens` tokens."""
     from snapgen.data.shapes import render_batch, sample_scene
 
-    count = len(TIMES)
+    times = FEW if height * width >= LARGE else TIMES
+    count = len(times)
     scenes = [sample_scene(index, seed=1, split="test") for index in range(count)]
     captions = tuple(scene.caption for scene in scenes)
     generator = torch.Generator().manual_seed(0)
@@ -85,8 +89,8 @@ def make_cases(pipe: Any, tokens: int, height: int, width: int) -> Cases:
             text, empty = pipe.encode_prompt(captions), pipe.encode_prompt([""])
         else:
             text, empty = _random_text(config, count, tokens, generator), _random_text(config, 1, 2, generator)
-    noisy = flow.interpolate(clean, noise, torch.tensor(TIMES))
-    return Cases(captions, noisy, clean, _padded(empty, tokens), _padded(text, tokens))
+    noisy = flow.interpolate(clean, noise, torch.tensor(times))
+    return Cases(captions, noisy, clean, _padded(empty, tokens), _padded(text, tokens), times)
 
 
 def has_text(pipe: Any) -> bool:
@@ -206,7 +210,7 @@ def check(name: str, program: Chain, pipe: Any, cases: Cases, compression: Compr
 def _denoiser(borders: Borders, pipe: Any, cases: Cases) -> Iterator[Case]:
     model = plain(pipe.denoiser)
     batch = borders["sample"][0][0]
-    for index, time in enumerate(TIMES):
+    for index, time in enumerate(cases.times):
         sample = cases.noisy[index : index + 1].expand(batch, -1, -1, -1)
         timestep = torch.full((batch,), time * flow.TIMESTEP_SCALE)
         text = _row(cases.text, index)

@@ -58,13 +58,13 @@ def part_and_cases(name: str, pipe: Any, tokens: int) -> tuple[Part, list[Case]]
     """
     size = min(int(pipe.denoiser.config.sample_size), SIZE)
     given = parity.make_cases(pipe, tokens, size, size)
-    rows = range(len(parity.TIMES))
+    rows = range(len(given.times))
     cases = []
     with use("reference"), torch.random.fork_rng(devices=[]):  # layers draw weights when they are made
         part: Part
         if name == "denoiser":
             part = Denoiser(pipe.denoiser, batch=1, height=size, width=size, tokens=tokens)
-            for index, time in enumerate(parity.TIMES):
+            for index, time in enumerate(given.times):
                 sample, timestep = given.noisy[index : index + 1], torch.tensor([time * flow.TIMESTEP_SCALE])
                 for text in (parity._row(given.text, index), given.empty):
                     inputs = {
