@@ -30,7 +30,7 @@ from snapgen.unet import SnapGenUNet
 from tests.test_export import UNET, contents, make_pipe, random_weights
 from tests.test_mil_interpreter import build
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.complete]  # minutes, of conversions
 
 TOKENS = 16
 

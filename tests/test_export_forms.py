@@ -129,7 +129,7 @@ def test_a_folder_without_packages_is_refused(pipe, tmp_path):
         packaged_pipeline(pipe, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.complete
 def test_shipped_model_s_packages_score_as_it_does(tmp_path):
     """Four steps of the shipped model by its packages alone: the checker sees what it sees in PyTorch's pictures."""
     pipe = SnapGenPipeline.from_pretrained("tiny")

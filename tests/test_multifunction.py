@@ -22,7 +22,7 @@ from snapgen.pipeline import SnapGenPipeline
 from tests.test_export import contents, make_pipe
 from tests.test_verify import FAKE, _worker_finds_snapgen  # noqa: F401 - a fixture of its own module
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.complete]  # minutes, of conversions
 
 UNET, DECODER = "Unet.mlpackage", "VAEDecoder.mlpackage"
 
