@@ -255,13 +255,16 @@ def _conv(a: _Arguments, narrow: bool = False) -> Tensor:
         pads = [0] * (2 * spatial)
     else:
         raise UnsupportedOp(f"the interpreter lacks convolutions with pad_type {kind!r}")
-    # MIL lists (before, after) from the first axis, F.pad from the last.
-    x = F.pad(x, [amount for axis in reversed(range(spatial)) for amount in pads[2 * axis : 2 * axis + 2]])
+    inside = [0] * spatial  # padding that the convolution does itself, without a copy
+    if not narrow and pads[::2] == pads[1::2]:
+        inside = pads[::2]
+    else:  # MIL lists (before, after) from the first axis, F.pad from the last
+        x = F.pad(x, [amount for axis in reversed(range(spatial)) for amount in pads[2 * axis : 2 * axis + 2]])
     groups = a.integer("groups") if "groups" in a else 1
     if narrow:
         return accumulation.convolution(x, weight, a.maybe("bias"), strides, dilations, groups)
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[spatial]
-    return convolve(x, weight, a.maybe("bias"), strides, 0, dilations, groups)
+    return convolve(x, weight, a.maybe("bias"), strides, inside, dilations, groups)
 
 
 def _batch_norm(a: _Arguments) -> Tensor:
