@@ -136,12 +136,12 @@ def report(descriptions: Iterable[Mapping[str, Any]], console: Console | None = 
         figures.add_column(name, justify="right", no_wrap=True)
     for found in descriptions:
         figures.add_row(
-            Path(found["path"]).name,
+            Path(found["path"]).stem,
             found["system"],
-            f"{found['file_bytes'] / 1e6:.2f}",
+            _digits(found["file_bytes"] / 1e6),
             _weights_in_short(found["weights"]),
             str(sum(found["operations"].values())),
-            "-" if found["flops"] is None else f"{found['flops'] / 1e9:.3f}",
+            "-" if found["flops"] is None else _digits(found["flops"] / 1e9),
             f"{found['psnr']:.1f} dB" if "psnr" in found else "-",
         )
     console.print(figures)
@@ -170,6 +170,11 @@ def report(descriptions: Iterable[Mapping[str, Any]], console: Console | None = 
                 title += f", function {name}{' (default)' if name == found['function'] else ''}"
                 title += "" if function["flops"] is None else f", {function['flops'] / 1e9:.3f} GFLOP"
             console.print(_borders(title, function))
+
+
+def _digits(value: float) -> str:
+    """Four digits, fewer behind the point the more stand before it."""
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f}"
 
 
 def _borders(title: str, function: Mapping[str, Any]) -> Table:
