@@ -261,9 +261,10 @@ def configs_for(
     if not nvidia:
         return CONFIGS_HIP if whole else CONFIGS_HIP_RAGGED
     configs = CONFIGS_WIDE if wide else CONFIGS if whole else CONFIGS[-1:]
-    # The widest tiles in three stages take 112 KiB.
-    stages = 3 if shared >= common.LARGE_SHARED else 2
-    return tuple(config._replace(num_stages=min(config.num_stages, stages)) for config in configs)
+    if shared >= common.LARGE_SHARED:
+        return configs
+    # The widest tiles in three stages take 112 KiB; 128 rows in 4 warps spill with two.
+    return tuple(config._replace(num_stages=2) for config in configs if config.block_m < 128 or config.num_warps > 4)
 
 
 def fitting(configs: tuple[Config, ...], keys: int) -> tuple[Config, ...]:
