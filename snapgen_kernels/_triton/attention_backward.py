@@ -192,7 +192,7 @@ QUERY_CONFIGS_WIDE = (Config(64, 64, 4, 2),)
 QUERY_CONFIGS_WIDE_TF32 = (Config(64, 16, 8, 2),)
 QUERY_CONFIGS_WIDE_FP32 = (Config(32, 16, 8, 2),)
 KEY_CONFIGS_WIDE = (Config(64, 64, 8, 2), Config(32, 64, 8, 2))
-KEY_CONFIGS_WIDE_RAGGED = (Config(32, 32, 8, 1),)
+KEY_CONFIGS_WIDE_RAGGED = (Config(32, 64, 8, 1),)
 KEY_CONFIGS_WIDE_TF32 = (Config(32, 32, 8, 2),)
 KEY_CONFIGS_WIDE_FP32 = (Config(32, 32, 8, 2),)
 # Programs of the kernel for keys for each multiprocessor, and tiles of rows of a program, at least: below, writing and
