@@ -183,7 +183,7 @@ QUERY_CONFIGS_TF32 = (Config(64, 32, 4, 2),)
 QUERY_CONFIGS_FP32 = (Config(32, 32, 8, 2),)
 QUERY_CONFIGS_HIP = (Config(64, 32, 4, 1), Config(64, 64, 4, 1))
 KEY_CONFIGS = (Config(64, 128, 8, 2), Config(64, 64, 4, 2))
-KEY_CONFIGS_TF32 = (Config(32, 64, 4, 2),)
+KEY_CONFIGS_TF32 = (Config(32, 64, 4, 1),)
 KEY_CONFIGS_FP32 = (Config(32, 32, 4, 2),)
 KEY_CONFIGS_HIP = (Config(32, 64, 4, 1),)
 KEY_CONFIGS_HIP_RAGGED = (Config(32, 32, 8, 1),)
@@ -194,7 +194,7 @@ QUERY_CONFIGS_WIDE_FP32 = (Config(32, 16, 8, 2),)
 KEY_CONFIGS_WIDE = (Config(64, 64, 8, 2), Config(32, 64, 8, 2))
 KEY_CONFIGS_WIDE_RAGGED = (Config(32, 64, 8, 1),)
 KEY_CONFIGS_WIDE_TF32 = (Config(32, 32, 8, 2),)
-KEY_CONFIGS_WIDE_FP32 = (Config(32, 32, 8, 2),)
+KEY_CONFIGS_WIDE_FP32 = (Config(32, 32, 8, 3),)
 # Programs of the kernel for keys for each multiprocessor, and tiles of rows of a program, at least: below, writing and
 # adding the parts outweighs the products.
 PROGRAMS = 2
