@@ -174,7 +174,7 @@ def evaluate(
         per_skill: Captions for each of the six skills.
         seed: Decides captions and noise.
         untrained: Also score the same model with fresh weights.
-        packages: Also score the Core ML packages in this folder, run by the interpreter (slow: a second a step).
+        packages: Also score the Core ML packages in this folder, run by the interpreter, which is slow.
         out: Also write the scores here as JSON.
     """
     from snapgen import evaluate as evaluation

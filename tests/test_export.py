@@ -38,6 +38,7 @@ from snapgen.pipeline import SnapGenPipeline
 from snapgen.sampler import make_scheduler
 from snapgen.text import build_tiny_text
 from snapgen.unet import SnapGenUNet
+from tests.weights import random_weights
 
 pytestmark = pytest.mark.export
 
@@ -48,16 +49,6 @@ UNET = dict(
     transformer_layers_down=(1, 0), transformer_layers_mid=1, transformer_layers_up=(0, 1),
     self_attention=(False, True), temb_dim=32, context_dim=32, pooled_dim=32, norm_groups=8,
 )  # fmt: skip
-
-
-def random_weights(module: nn.Module) -> nn.Module:
-    """Weights as after training in that no norm or bias is trivial."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return module.eval()
 
 
 def make_pipe(**changes: object) -> SnapGenPipeline:
