@@ -23,6 +23,8 @@ from snapgen_kernels._triton.weight_gradient import new_parts
 
 # The weight's gradient is held as well: fewer numbers a thread than in the forward.
 CONFIGS = (Config(1024, 4), Config(2048, 8))
+# Heads that fill no tile need masks as well, for which the larger tile leaves no register on sm_100.
+UNEVEN_CONFIGS = CONFIGS[:1]
 
 
 class AddConfig(NamedTuple):
@@ -229,7 +231,8 @@ def gradients(
 
     if dim and any(gradient is not None for gradient in made):
         key = (*kernels.key_of(q, k.shape[1], q_weight, tables), *(gradient is not None for gradient in made))
-        launch(tuning.choose("qk_norm_rope_backward", key, CONFIGS, CONFIGS[0], launch))
+        configs = CONFIGS if dim == kernels.block_d(dim) else UNEVEN_CONFIGS
+        launch(tuning.choose("qk_norm_rope_backward", key, configs, configs[0], launch))
     return made
 
 
@@ -267,7 +270,7 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
         *kernels.head_builds(kernel, dtype, images, CONFIGS, **unmasked, **unnormed, **alone),
         *kernels.head_builds(kernel, dtype, images, CONFIGS, **plain),
         *kernels.head_builds(kernel, dtype, images, CONFIGS, **rotated),
-        *kernels.uneven_builds(kernel, dtype, images, CONFIGS, **rotated),
+        *kernels.uneven_builds(kernel, dtype, images, UNEVEN_CONFIGS, **rotated),
     ]
     found = [build._replace(pointers={**build.pointers, "p_mask": "u8"}) for build in found]
     return [*found, common.build(add_weights_kernel, dtype, (), ADD_CONFIG, ("D",))]
