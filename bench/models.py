@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import snapgen_kernels
 from bench.plain import plain
-from snapgen.config import PRESETS, Preset
+from snapgen.config import PRESETS
 from snapgen_kernels.checks import assert_close
 
 MODELS = ("decoder", "denoiser", "train")
@@ -199,38 +199,15 @@ def contiguous(network: nn.Module, case: ModelCase) -> nn.Module:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-class LatentTask:
-    """A denoiser's training objective on given latents and text: what is left where the encoders are frozen and their
-    outputs are kept."""
-
-    name = "latents"
-
-    def __init__(self, preset: Preset, denoiser: nn.Module, context: Tensor, pooled: Tensor) -> None:
-        self.preset, self.modules = preset, {"denoiser": denoiser}
-        self.context, self.pooled = context, pooled
-
-    def loss(self, images: Tensor, captions: Sequence[str], generator: torch.Generator) -> Any:
-        """``images``: the latents."""
-        from snapgen import flow
-
-        noise = torch.randn(images.shape, generator=generator).to(images)
-        t = flow.sample_t(len(images), shift=self.preset.shift, generator=generator).to(images)
-        mixed = flow.interpolate(images, noise, t)
-        predicted = run(self.modules["denoiser"], (mixed, t * flow.TIMESTEP_SCALE, self.context, self.pooled))
-        return flow.velocity_loss(predicted, images, noise).mean(), {}
-
-    def sample_grid(self, path: Any, seed: int) -> None:
-        raise NotImplementedError("a benchmark draws nothing")
-
-    def export(self, path: Any) -> None:
-        raise NotImplementedError("a benchmark exports nothing")
-
-
-def make_task(case: ModelCase, device: str = "cpu") -> tuple[Any, Tensor, list[str]]:
-    """Task, batch and captions of a training case: ``snapgen train`` as it is where the preset trains its own encoders,
-    else :class:`LatentTask`. The same weights at every call."""
+def make_task(case: ModelCase, device: str = "cpu") -> tuple[Any, Any]:
+    """Task and batch of a training case: ``snapgen train`` as it is where the preset trains its own encoders, else on
+    given latents and text, as where the encoders are frozen and their outputs are kept. The same weights at every
+    call."""
+    from snapgen.data.loader import Batch
     from snapgen.data.shapes import VOCABULARY, ShapesDataset
-    from snapgen.tasks import DenoiserTask, build_autoencoder, build_denoiser
+    from snapgen.decoder import TinyDecoder
+    from snapgen.tasks import CachedText, DenoiserTask, JointText, build_autoencoder, build_denoiser
+    from snapgen.text import TextEmbedding
 
     preset = PRESETS[case.preset]
     if preset.encoder is None or case.narrow > 1:
@@ -239,7 +216,12 @@ def make_task(case: ModelCase, device: str = "cpu") -> tuple[Any, Tensor, list[s
             network = without_memory(case)
         else:
             network = build(case)
-        return LatentTask(preset, network.train(), context, pooled), latents, [""] * case.batch
+        text = TextEmbedding(context, None, pooled)  # type: ignore[arg-type] - every token counts
+        with torch.device("meta"):
+            decoder = TinyDecoder(**preset.decoder)
+        task = DenoiserTask(preset, denoiser=network.train(), text=CachedText(text), encoder=None, decoder=decoder)
+        positions = range(case.batch)
+        return task, Batch(captions=[""] * case.batch, latents=latents, text=text, positions=positions)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         encoder, decoder = build_autoencoder(preset)
@@ -247,7 +229,9 @@ def make_task(case: ModelCase, device: str = "cpu") -> tuple[Any, Tensor, list[s
     pictures, captions = ShapesDataset(preset.resolution, split="train").batch(range(case.batch))
     modules = dict(denoiser=denoiser, text_encoder=text_encoder, encoder=encoder, decoder=decoder)
     placed: dict[str, Any] = {name: _channels_last(module).train() for name, module in modules.items()}
-    return DenoiserTask(preset, tokenizer=tokenizer, **placed), pictures, list(captions)
+    text = JointText(tokenizer, placed.pop("text_encoder"))
+    batch = Batch(captions=list(captions), images=pictures, positions=range(case.batch))
+    return DenoiserTask(preset, text=text, **placed), batch
 
 
 def _channels_last(network: nn.Module) -> nn.Module:
@@ -256,10 +240,11 @@ def _channels_last(network: nn.Module) -> nn.Module:
 
 def training(case: ModelCase, *, layout: str = "channels_last", compiled: bool = False) -> Callable[[], Tensor]:
     """One optimizer step of ``snapgen train`` on weights of its own, as a function that returns the loss."""
+    from snapgen.data.loader import Share
     from snapgen.train import TrainConfig, TrainState, optimizer_step
 
     with torch.inference_mode(False):
-        task, pictures, captions = make_task(case)
+        task, batch = make_task(case)
         if layout == "contiguous":
             for module in task.modules.values():
                 nn.Module.to(module, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -275,10 +260,10 @@ def training(case: ModelCase, *, layout: str = "channels_last", compiled: bool =
 
     def batches() -> Iterator[Any]:
         while True:
-            yield pictures, captions
+            yield batch
 
     stream = batches()
-    return lambda: optimizer_step(task, config, state, stream)["loss"]
+    return lambda: optimizer_step(task, config, state, stream, Share(case.batch, case.batch))["loss"]
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------
@@ -295,14 +280,18 @@ def costs(case: ModelCase) -> tuple[int, int]:
 
 def _costs(case: ModelCase) -> tuple[int, int]:
     if case.op == "train":
+        from snapgen.seeds import Draws
+
         with plain(), torch.inference_mode(False), FlopCounterMode(display=False) as counter:
             # The tiny text encoder looks at its tokens, so that it has to have some.
             frozen = PRESETS[case.preset].encoder is None or case.narrow > 1
-            task, pictures, captions = make_task(case, device="meta" if frozen else "cpu")
-            loss, _ = task.loss(pictures, captions, torch.Generator().manual_seed(0))
-            loss.backward()
+            task, batch = make_task(case, device="meta" if frozen else "cpu")
+            (phase,) = task.phases()
+            drawn = Draws(0, 0, batch.positions, device="meta" if frozen else "cpu")
+            phase.loss(batch, drawn)[0].backward()
         weights = sum(p.numel() for module in task.modules.values() for p in module.parameters())
-        return counter.get_total_flops(), 6 * 4 * weights + pictures.numel() * 4
+        read = batch.latents if frozen else batch.images
+        return counter.get_total_flops(), 6 * 4 * weights + read.numel() * 4
     network = without_memory(case)
     inputs = feeds(case, device="meta")
     with plain(), FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -49,25 +49,38 @@ def whole_directory(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-                # safetensors makes files for the owner alone.
-                file.chmod(0o666 & ~_umask())
-        temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            # Two renames: a kill between them leaves the old one under its hidden name, and both whole.
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    except OSError as error:
-        raise _explained(error, path) from error
+        with explained(path):
+            yield temporary
+            publish(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Make a finished directory `path`, on the same file system, replacing one that is there."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            _sync(file)
+            # safetensors makes files for the owner alone.
+            file.chmod(0o666 & ~_umask())
+    temporary.chmod(0o777 & ~_umask())
+    if path.exists():
+        # Two renames: a kill between them leaves the old one under its hidden name, and both whole.
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
+        os.replace(path, old / path.name)
+        os.replace(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Errors of the disk met inside name `path`, and say that nothing was written there."""
+    try:
+        yield
+    except OSError as error:
+        raise _explained(error, path) from error
 
 
 def move_into(source: str | Path, target: str | Path) -> None:

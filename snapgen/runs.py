@@ -14,7 +14,7 @@ from snapgen import io
 from snapgen.config import SHIPPED, Preset, get_preset
 from snapgen.data.loader import open_dataset
 from snapgen.data.shapes import VOCABULARY, ShapesDataset, eval_captions
-from snapgen.tasks import AutoencoderTask, DenoiserTask, build_autoencoder, build_denoiser
+from snapgen.tasks import AutoencoderTask, DenoiserTask, JointText, build_autoencoder, build_denoiser
 from snapgen.train import TrainConfig, train
 
 
@@ -38,8 +38,7 @@ def train_denoiser(preset: str, data: str, autoencoder: str, config: TrainConfig
     task = DenoiserTask(
         spec,
         denoiser=_place(denoiser),
-        text_encoder=_place(text_encoder),
-        tokenizer=tokenizer,
+        text=JointText(tokenizer, _place(text_encoder)),
         encoder=_place(encoder),
         decoder=_place(decoder),
         prompts=prompts,

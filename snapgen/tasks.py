@@ -1,53 +1,197 @@
-"""What can be trained: a task owns its modules, turns a batch into a loss, and draws a sample grid.
+"""What can be trained: a task owns its modules, turns a batch into losses, and draws a sample grid.
 
-The loop in `snapgen.train` knows nothing but this interface, so that a new objective is a new task.
+The loop in `snapgen.train` knows nothing but this interface. A denoiser's task is handed its objective (flow matching
+here, distillation in `snapgen.distill`), which brings further modules and phases of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from snapgen import flow
 from snapgen.config import Preset
-from snapgen.text import build_tiny_text, encode_tiny
+from snapgen.data.loader import Batch
+from snapgen.seeds import Draws
+from snapgen.text import TextEmbedding, build_tiny_text, encode_tiny
+
+Figures = dict[str, Tensor]  # what is reported beside the loss: scalars, detached
+Loss = Callable[[Batch, Draws], tuple[Tensor, Figures]]  # mean over the batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of every optimizer step: one loss and the modules that it moves, with an optimizer of their own.
+
+    Gradients that reach other modules are thrown away.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    """Names of the task's modules."""
+    loss: Loss
+    lr: float = 1.0
+    """Times the run's learning rate."""
+    betas: tuple[float, float] | None = None
+    """AdamW's moments, where they are not the run's."""
+    unused: bool = False
+    """Some parameters may have no gradient in a step."""
 
 
 class Task(Protocol):
-    """An objective for the training loop.
+    """What the training loop is handed.
 
-    `modules` are trained, averaged and saved, under their names; whatever else a task holds is frozen.
+    Attributes:
+        modules: what is trained and saved, under its names; whatever else a task holds is frozen.
+        call: the same names, what to call for a forward pass: the loop puts data-parallel wrappers here.
+        averaged: names of the modules whose averaged weights are kept, drawn with and exported.
     """
 
     name: str
     preset: Preset
-    modules: dict[str, nn.Module]
+    modules: dict[str, Any]
+    call: dict[str, Any]
 
-    def loss(
-        self, images: Tensor, captions: Sequence[str], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss of a batch of pictures [B, 3, H, W] in [-1, 1], and further figures to report."""
+    @property
+    def averaged(self) -> Sequence[str]: ...
+
+    def phases(self) -> Sequence[Phase]:
+        """The parts of an optimizer step, in order."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What else decides the weights, for JSON; a run may not be resumed with another."""
         ...
 
     def sample_grid(self, path: Path, seed: int) -> None:
         """Draw what the modules can do now into a picture file."""
         ...
 
-    def export(self, path: Path) -> None:
-        """Save the modules as they are now in diffusers' format."""
+    def export(self, path: Path, modules: Mapping[str, nn.Module]) -> None:
+        """Save `modules`, whole and averaged, in diffusers' format."""
         ...
 
 
-class DenoiserTask:
-    """Pre-training of a denoiser: velocity loss of the rectified flow on latents, with caption dropout for guidance.
+class Noised(NamedTuple):
+    """A batch on its way from data to noise (`snapgen.flow`)."""
+
+    x0: Tensor  # [B, C, h, w], scaled latents
+    noise: Tensor
+    t: Tensor  # [B]
+    x_t: Tensor
+    text: TextEmbedding
+    captions: list[str]  # those left by dropout, for a teacher that reads them itself
+
+
+class Objective(Protocol):
+    """A loss for denoisers.
+
+    Attributes:
+        modules: what it trains beside the denoiser (projectors, discriminator heads), by name.
+    """
+
+    modules: dict[str, nn.Module]
+
+    def phases(self, task: DenoiserTask) -> Sequence[Phase]: ...
+
+    def record(self) -> dict[str, Any]: ...
+
+
+class FlowMatching:
+    """Pre-training: the rectified flow's velocity, times logit-normal (SnapGen, section 3.3; SD3, equation 19)."""
+
+    modules: dict[str, nn.Module] = {}  # noqa: RUF012 - an empty one, for all
+
+    def phases(self, task: DenoiserTask) -> Sequence[Phase]:
+        def loss(batch: Batch, draws: Draws) -> tuple[Tensor, Figures]:
+            noised = task.noised(batch, draws)
+            return flow.velocity_loss(task.velocity(noised), noised.x0, noised.noise).mean(), {}
+
+        return (Phase(name="denoiser", modules=task.student, loss=loss),)
+
+    def record(self) -> dict[str, Any]:
+        return {"objective": "flow matching"}
+
+
+class JointText:
+    """The tiny CLIP that is trained together with the denoiser.
 
     Args:
-        encode: pictures to scaled latents, frozen.
         caption_dropout: share of captions replaced by the empty one (classifier-free guidance, Ho and Salimans 2022).
+    """
+
+    def __init__(self, tokenizer: Any, encoder: nn.Module, *, caption_dropout: float = 0.1) -> None:
+        self.modules: dict[str, nn.Module] = {"text_encoder": encoder}
+        self.tokenizer = tokenizer
+        self.caption_dropout = caption_dropout
+
+    def embed(
+        self, batch: Batch, draws: Draws, call: Mapping[str, nn.Module], device: torch.device
+    ) -> tuple[TextEmbedding, list[str]]:
+        """The batch's captions embedded, and what dropout left of them."""
+        _, captions = _dropout(batch.captions, draws, self.caption_dropout)
+        return encode_tiny(self.tokenizer, call["text_encoder"], captions, device), captions
+
+    def components(self) -> dict[str, Any]:
+        """What a pipeline is given."""
+        return dict(tokenizer=self.tokenizer, joint_text=True)
+
+
+class CachedText:
+    """Captions that were embedded beforehand.
+
+    Args:
+        empty: the empty caption, embedded (batch 1), which takes the place of those dropped.
+    """
+
+    modules: dict[str, nn.Module] = {}  # noqa: RUF012 - an empty one, for all
+
+    def __init__(self, empty: TextEmbedding, *, caption_dropout: float = 0.1) -> None:
+        self.empty = empty
+        self.caption_dropout = caption_dropout
+
+    def embed(
+        self, batch: Batch, draws: Draws, call: Mapping[str, nn.Module], device: torch.device
+    ) -> tuple[TextEmbedding, list[str]]:
+        """The batch's embedded captions, and what dropout left of the captions."""
+        if batch.text is None:
+            raise ValueError("data: its captions are not embedded")
+        dropped, captions = _dropout(batch.captions, draws, self.caption_dropout)
+
+        def chosen(own: Tensor | None, empty: Tensor | None) -> Any:
+            if own is None or empty is None:
+                return None
+            there = torch.tensor(dropped, device=own.device).view(-1, *(1,) * (own.ndim - 1))
+            return torch.where(there, empty.to(own), own)
+
+        return TextEmbedding(*(chosen(own, empty) for own, empty in zip(batch.text, self.empty, strict=True))), captions
+
+    def components(self) -> dict[str, Any]:
+        """What a pipeline is given."""
+        return {}
+
+
+def _dropout(captions: Sequence[str], draws: Draws, share: float) -> tuple[list[bool], list[str]]:
+    """Which captions are dropped, and the captions with the empty one in their place."""
+    dropped = draws.chosen(share)
+    return dropped, ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+
+
+class DenoiserTask:
+    """Training of a denoiser on latents, by whatever `objective`.
+
+    Args:
+        text: what embeds captions.
+        encoder: pictures to latents, frozen; None where the data are latents.
+        decoder: latents to pictures, frozen; its configuration scales the latents.
+        objective: the loss; flow matching unless given.
+        prompts: for the sample grid.
+        shift: of the timesteps; the preset's unless given.
     """
 
     name = "denoiser"
@@ -57,69 +201,92 @@ class DenoiserTask:
         preset: Preset,
         *,
         denoiser: nn.Module,
-        text_encoder: nn.Module,
-        tokenizer: Any,
-        encoder: nn.Module,
+        text: JointText | CachedText,
+        encoder: nn.Module | None,
         decoder: Any,
-        caption_dropout: float = 0.1,
+        objective: Objective | None = None,
         prompts: Sequence[str] = (),
+        shift: float | None = None,
     ) -> None:
         self.preset = preset
-        self.modules = {"denoiser": denoiser, "text_encoder": text_encoder}
-        self.tokenizer = tokenizer
-        self.encoder = encoder.requires_grad_(False).eval()
+        self.objective: Objective = objective or FlowMatching()
+        self.text = text
+        self.modules: dict[str, Any] = {"denoiser": denoiser, **text.modules, **self.objective.modules}
+        self.call: dict[str, Any] = dict(self.modules)
+        self.encoder = encoder and encoder.requires_grad_(False).eval()
         self.decoder = decoder.requires_grad_(False).eval()
-        self.caption_dropout = caption_dropout
         self.prompts = tuple(prompts)
+        self.shift = preset.shift if shift is None else shift
 
-    def loss(
-        self, images: Tensor, captions: Sequence[str], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            config = self.decoder.config
-            x0 = (self.encoder(images).float() - config.shift_factor) * config.scaling_factor
-        kept = torch.rand(len(captions), generator=generator) >= self.caption_dropout
-        captions = [caption if keep else "" for caption, keep in zip(captions, kept.tolist(), strict=True)]
-        text = encode_tiny(self.tokenizer, self.modules["text_encoder"], captions, images.device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        t = flow.sample_t(len(captions), shift=self.preset.shift, generator=generator).to(x0.device)
-        predicted = self.modules["denoiser"](
-            flow.interpolate(x0, noise, t),
-            t * flow.TIMESTEP_SCALE,
-            text.context,
-            text.mask,
-            text.pooled,
-            return_dict=False,
+    @property
+    def student(self) -> tuple[str, ...]:
+        """Names of the denoiser and of what is trained with it to read."""
+        return ("denoiser", *self.text.modules)
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        return self.student
+
+    def phases(self) -> Sequence[Phase]:
+        return self.objective.phases(self)
+
+    def record(self) -> dict[str, Any]:
+        return {"caption_dropout": self.text.caption_dropout, "shift": self.shift, **self.objective.record()}
+
+    @torch.no_grad()
+    def latents(self, batch: Batch) -> Tensor:
+        """Scaled latents [B, C, h, w], fp32."""
+        if batch.latents is not None:
+            return batch.latents.float()
+        if self.encoder is None or batch.images is None:
+            raise ValueError("data: has neither latents nor pictures that an encoder could read")
+        config = self.decoder.config
+        return (self.encoder(batch.images).float() - config.shift_factor) * config.scaling_factor
+
+    def noised(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Noised:
+        """The batch at times `t` [B], logit-normal ones unless given."""
+        x0 = self.latents(batch)
+        text, captions = self.text.embed(batch, draws, self.call, x0.device)
+        noise = draws.normal(*x0.shape[1:])
+        if t is None:
+            t = flow.times(draws.normal(), shift=self.shift)
+        return Noised(x0, noise, t, flow.interpolate(x0, noise, t), text, captions)
+
+    def velocity(self, noised: Noised) -> Tensor:
+        """What the denoiser says there: [B, C, h, w]."""
+        return self.predict(noised.x_t, noised.t, noised.text)
+
+    def predict(self, x_t: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        """The denoiser's velocity at x_t [B, C, h, w] and t [B]."""
+        return self.call["denoiser"](
+            x_t, t * flow.TIMESTEP_SCALE, text.context, text.mask, text.pooled, return_dict=False
         )[0]
-        return flow.velocity_loss(predicted, x0, noise).mean(), {}
 
-    def pipeline(self) -> Any:
+    def pipeline(self, modules: Mapping[str, nn.Module]) -> Any:
         """The modules as a pipeline, sharing their weights."""
         from snapgen.pipeline import SnapGenPipeline
         from snapgen.sampler import make_scheduler
 
         return SnapGenPipeline(
-            denoiser=self.modules["denoiser"],
             decoder=self.decoder,
             encoder=self.encoder,
-            scheduler=make_scheduler(self.preset.shift),
-            text_encoder=self.modules["text_encoder"],
-            tokenizer=self.tokenizer,
-            joint_text=True,
+            scheduler=make_scheduler(self.shift),
+            **{name: modules[name] for name in self.student},
+            **self.text.components(),
         )
 
     def sample_grid(self, path: Path, seed: int) -> None:
         from snapgen.pictures import save_grid
 
-        pipe = self.pipeline()
+        pipe = self.pipeline(self.modules)
         pipe.set_progress_bar_config(disable=True)
         pictures = pipe(
             list(self.prompts), num_inference_steps=28, generator=torch.Generator().manual_seed(seed)
         ).images
         save_grid(pictures, path, captions=self.prompts)
 
-    def export(self, path: Path) -> None:
-        self.pipeline().save_pretrained(path)
+    def export(self, path: Path, modules: Mapping[str, nn.Module]) -> None:
+        self.pipeline(modules).save_pretrained(path)
 
 
 class AutoencoderTask:
@@ -135,14 +302,25 @@ class AutoencoderTask:
     def __init__(self, preset: Preset, *, encoder: nn.Module, decoder: nn.Module, pictures: Tensor) -> None:
         self.preset = preset
         self.modules: dict[str, Any] = {"encoder": encoder, "decoder": decoder}
+        self.call: dict[str, Any] = dict(self.modules)
         self.pictures = pictures  # [B, 3, H, W], for the sample grid
 
-    def loss(
-        self, images: Tensor, captions: Sequence[str], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        latents = self.modules["encoder"](images).float()
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        drawn = self.modules["decoder"](latents + self.latent_noise * noise).float()
+    @property
+    def averaged(self) -> Sequence[str]:
+        return tuple(self.modules)
+
+    def phases(self) -> Sequence[Phase]:
+        return (Phase(name="autoencoder", modules=tuple(self.modules), loss=self.loss),)
+
+    def record(self) -> dict[str, Any]:
+        return {}
+
+    def loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Figures]:
+        images = batch.images
+        assert images is not None
+        latents = self.call["encoder"](images).float()
+        noise = draws.normal(*latents.shape[1:])
+        drawn = self.call["decoder"](latents + self.latent_noise * noise).float()
         squared = (drawn - images).square().mean()
         absolute = (drawn - images).abs().mean()
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -159,9 +337,9 @@ class AutoencoderTask:
         both = torch.cat((self.pictures, drawn.float()))
         save_grid(to_pictures(both), path, columns=len(self.pictures))
 
-    def export(self, path: Path) -> None:
-        for name, module in self.modules.items():
-            module.save_pretrained(path / name)
+    def export(self, path: Path, modules: Mapping[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            module.save_pretrained(path / name)  # type: ignore[operator]
 
 
 def build_autoencoder(preset: Preset) -> tuple[nn.Module, nn.Module]:

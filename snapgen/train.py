@@ -1,19 +1,17 @@
-"""The training loop: one for every task, resumed by running the same command again.
+"""The training loop: one for every task, on one process or many, resumed by running the same command again.
 
-A run is a function of its configuration and the step count: batches, noise and dropout of step n depend on (seed, n)
-alone, so a run that was interrupted anywhere and resumed has, on a CPU, bitwise the weights of one left alone.
+A run is a function of its configuration and the step count: data, noise and dropout of sample p of step n depend on
+(seed, n, p) alone, so a run that was interrupted anywhere and resumed has, on a CPU, bitwise the weights of one left
+alone, and on another number of processes the same up to the order of sums.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
-import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from snapgen import io, seeds
-from snapgen.data.loader import batches
+from snapgen import io, parallel
+from snapgen.data.loader import Batch, Share, batches
+from snapgen.logs import Journal, peak_memory, peak_rate, progress
+from snapgen.parallel import Processes
+from snapgen.seeds import Draws
+from snapgen.state import RUNNING, SKIPPED, TrainState, checkpoints, freed
 from snapgen.tasks import Task
 
 
@@ -36,9 +37,9 @@ class TrainConfig:
     steps: int = 10_000
     """Optimizer steps in all."""
     batch_size: int = 64
-    """Pictures per forward pass; times `accumulate` per optimizer step."""
-    accumulate: int = 1
-    """Forward passes per optimizer step."""
+    """Samples of an optimizer step, over all processes and passes."""
+    micro_batch: int | None = None
+    """Samples of one forward pass of one process; by default its whole share of the batch."""
     lr: float = 1e-3
     """Peak learning rate."""
     warmup: int = 200
@@ -51,6 +52,11 @@ class TrainConfig:
     """AdamW's moments."""
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
+    spike: float = 10.0
+    """Skip a step whose gradient's norm exceeds this many times its running average, or is not finite; 0: the latter
+    alone."""
+    patience: int = 20
+    """Skipped steps in a row after which the run stops."""
     ema: float = 0.999
     """Decay of the averaged weights, which are what is exported."""
     dtype: str = "fp32"
@@ -62,20 +68,30 @@ class TrainConfig:
     sample_every: int = 1000
     """Steps between sample grids."""
     log_every: int = 20
-    """Steps between figures in the progress line and in TensorBoard."""
+    """Steps between figures in the progress line, TensorBoard and Weights & Biases."""
     keep: int = 2
     """Checkpoints to keep."""
     workers: int = 0
     """Processes that read data; 0 reads in this one."""
     compile: bool = False
     """torch.compile the trained modules."""
+    recompute: bool = False
+    """Keep little for the backward pass and compute it again: less memory, about a third more time."""
+    recompute_keeps: tuple[str, ...] = ()
+    """With recompute: operators whose results are kept nevertheless ("snapgen::attention", "aten::mm", ...)."""
+    parallel: parallel.Kind = "ddp"
+    """Under torchrun: whole weights on every process (ddp), or dealt out (fsdp)."""
+    wandb: str | None = None
+    """Also report to this Weights & Biases project."""
     export_dtype: str = "fp32"
     """What the exported weights are stored in: fp32, or fp16 at half the size. They load as fp32 either way."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "save_every", "sample_every", "log_every", "keep"):
+        for name in ("steps", "batch_size", "save_every", "sample_every", "log_every", "keep", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; must be at least 1")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch: got {self.micro_batch}; must be at least 1")
         if self.dtype not in ("fp32", "bf16"):
             raise ValueError(f"dtype: got {self.dtype!r}; allowed are fp32 and bf16")
         if self.export_dtype not in ("fp32", "fp16"):
@@ -84,10 +100,22 @@ class TrainConfig:
             raise ValueError(f"cooldown: got {self.cooldown}; must lie in [0, 1]")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: got {self.ema}; must lie in [0, 1)")
+        if self.spike < 0 or 0 < self.spike <= 1:
+            raise ValueError(f"spike: got {self.spike}; must be 0 or more than 1")
+        if self.recompute_keeps and not self.recompute:
+            raise ValueError("recompute_keeps: has no effect without recompute")
+
+    def share(self, group: Processes) -> Share:
+        """What one process reads of every step."""
+        micro = self.micro_batch or max(1, self.batch_size // group.world)
+        return Share(self.batch_size, micro, group.rank, group.world)
 
 
-# These may change between a run and its resumption without changing the weights.
-_FREE = {"save_every", "sample_every", "log_every", "keep", "workers", "export_dtype"}
+# These may change between a run and its resumption: they leave the weights as they are, but for the order of sums.
+_FREE = {
+    "micro_batch", "patience", "save_every", "sample_every", "log_every", "keep", "workers", "compile", "recompute",
+    "recompute_keeps", "parallel", "wandb", "export_dtype",
+}  # fmt: skip
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -100,6 +128,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def train(task: Task, data: Any, config: TrainConfig, out: Path, *, console: Console | None = None) -> Path:
     """Train `task` on `data` until `config.steps`, from the newest checkpoint in `out` if there is one.
 
+    Under torchrun every process calls this with the same arguments; `task` stands on the CPU or on this process's GPU.
+
     Args:
         data: a dataset as of `snapgen.data`.
         out: the run's directory: checkpoints/, samples/, tensorboard/, and at the end export/.
@@ -110,184 +140,253 @@ def train(task: Task, data: Any, config: TrainConfig, out: Path, *, console: Con
     Raises:
         ValueError: `out` holds a run of another configuration.
         io.CheckpointError: the newest checkpoint cannot be read.
-        FloatingPointError: the loss or the weights are no longer finite.
+        FloatingPointError: the loss or the weights are no longer finite, or `patience` steps in a row were skipped.
         KeyboardInterrupt: after Ctrl-C, once the step at hand is saved.
     """
-    console = console or Console()
-    _claim(out, task, config)
-    state = TrainState(task, config)
-    resumed = state.load_latest(out)
-    if resumed:
-        console.print(f"resuming {out} at step {state.step} of {config.steps}")
-    for module in task.modules.values():
-        module.train()
-        if config.compile:
-            module.compile()
+    with parallel.processes(config.parallel) as group:
+        return _Run(task, data, config, out, console or Console(), group).go()
 
-    writer = _tensorboard(out)
-    with _interrupts() as interrupted, _progress(console, config.steps, state.step) as show:
-        stream = batches(data, config.batch_size, start=state.step * config.accumulate, seed=config.seed,
-                         workers=config.workers)  # fmt: skip
-        since, seen = time.perf_counter(), 0
-        totals: dict[str, Tensor] = {}
+
+class _Run:
+    """What one call of :func:`train` holds together."""
+
+    def __init__(
+        self, task: Task, data: Any, config: TrainConfig, out: Path, console: Console, group: Processes
+    ) -> None:
+        self.task, self.data, self.config, self.out, self.group = task, data, config, out, group
+        self.console = console if group.first else None
+        self.share = config.share(group)  # before anything is written
+        if group.first:
+            _claim(out, task, config)
+            freed(out)
+        group.wait()
+        self.templates = {name: parallel.template(task.modules[name]) for name in task.averaged}
+        if group.many and config.parallel == "fsdp":
+            parallel.shard(task.modules, group)
+        self.state = TrainState(task, config, group)
+        self.wrappers = wrap(task, group)
+
+    def go(self) -> Path:
+        config, state, out = self.config, self.state, self.out
+        if state.load_latest(out) and self.console is not None:
+            self.console.print(f"resuming {out} at step {state.step} of {config.steps}")
+        for module in self.task.modules.values():
+            module.train()
+            _recompute(module, config)
+            if config.compile:
+                module.compile()
+        with _interrupts() as interrupted, progress(self.console, config.steps, state.step) as show:
+            journal = None
+            if self.group.first:
+                journal = Journal(out, dataclasses.asdict(config), show, wandb=config.wandb)
+            meter = _Meter(self, journal)
+            stream = batches(self.data, self.share, start=state.step, seed=config.seed, workers=config.workers)
+            try:
+                self._steps(stream, meter, journal, interrupted)
+            except Exception:
+                if not self.group.many:  # a process that failed cannot wait for others
+                    state.settle()
+                raise
+            state.settle()
+            if journal is not None:
+                journal.close()
+        return self._export()
+
+    def _steps(self, stream: Iterator[Batch], meter: _Meter, journal: Journal | None, interrupted: Any) -> None:
+        config, state, out = self.config, self.state, self.out
         while state.step < config.steps:
-            figures = optimizer_step(task, config, state, stream)
-            seen += config.batch_size * config.accumulate
-            for name, value in figures.items():
-                totals[name] = totals.get(name, torch.zeros(())) + value
+            meter.add(optimizer_step(self.task, config, state, stream, self.share, self.wrappers))
             last = state.step == config.steps
             if state.step % config.log_every == 0 or last:
-                rate = seen / (time.perf_counter() - since)
-                count = seen / (config.batch_size * config.accumulate)
-                means = {name: float(value) / count for name, value in totals.items()}
-                _report(writer, show, state.step, means, rate, learning_rate(config, state.step - 1))
-                if not all(map(math.isfinite, means.values())):
-                    raise FloatingPointError(
-                        f"step {state.step}: the loss is no longer finite; the last good checkpoint is in {out}"
-                    )
-                since, seen, totals = time.perf_counter(), 0, {}
-            stop = interrupted()
+                meter.report()
+            state.settle(wait=False)
+            stop = self.group.agree(interrupted())
             if state.step % config.save_every == 0 or last or stop:
                 state.save(out)
             if stop:
+                state.settle()
                 raise KeyboardInterrupt(f"stopped at step {state.step}; run the same command to go on")
             if state.step % config.sample_every == 0 or last:
-                with state.averaged():
-                    task.sample_grid(out / "samples" / f"step-{state.step:07d}.png", config.seed)
-    writer.close()
-    with state.averaged(), io.whole_directory(out / "export") as folder:
-        task.export(folder)
-        if config.export_dtype == "fp16":
-            io.halve(folder)
-    return out / "export"
+                self._sample(journal)
+
+    def _sample(self, journal: Journal | None) -> None:
+        path = self.out / "samples" / f"step-{self.state.step:07d}.png"
+        with self.state.averaged():
+            # Weights that are dealt out are gathered by every process at once, so that all of them draw.
+            if self.group.first or self.config.parallel == "fsdp":
+                target = path if self.group.first else self.out / "samples" / f".rank-{self.group.rank}.png"
+                self.task.sample_grid(target, self.config.seed)
+                if not self.group.first:
+                    target.unlink(missing_ok=True)
+        if journal is not None and path.is_file():
+            journal.picture(self.state.step, path)
+        self.group.wait()
+
+    def _export(self) -> Path:
+        weights = {name: parallel.whole(value).cpu() for name, value in self.state.ema.items()}
+        if self.group.first:
+            modules = {name: self._exported(name, weights) for name in self.task.averaged}
+            with torch.no_grad(), io.whole_directory(self.out / "export") as folder:
+                self.task.export(folder, modules)
+                if self.config.export_dtype == "fp16":
+                    io.halve(folder)
+        self.group.wait()
+        return self.out / "export"
+
+    def _exported(self, name: str, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A trained module, whole, with averaged weights, on the CPU."""
+        module = self.templates[name].to_empty(device="cpu")
+        own = {key: parallel.whole(value) for key, value in self.task.modules[name].state_dict().items()}
+        own |= {key: weights[full] for key in own if (full := f"{name}.{key}") in weights}
+        module.load_state_dict(own)
+        for key, buffer in self.task.modules[name].named_buffers():  # those that are not saved
+            module.get_buffer(key).copy_(buffer)
+        return module.eval()
 
 
-def optimizer_step(task: Task, config: TrainConfig, state: TrainState, stream: Iterator[Any]) -> dict[str, Tensor]:
-    """One optimizer step; returns the mean of every figure over its micro-batches, on the device."""
+def wrap(task: Task, group: Processes) -> dict[str, dict[str, nn.Module]]:
+    """Data-parallel wrappers of every phase's modules, by phase; none where there is one process or FSDP."""
+    if not group.many or group.kind == "fsdp":
+        return {}
+    return {
+        phase.name: {name: parallel.wrapped(task.modules[name], group, unused=phase.unused) for name in phase.modules}
+        for phase in task.phases()
+    }
+
+
+def optimizer_step(
+    task: Task,
+    config: TrainConfig,
+    state: TrainState,
+    stream: Iterator[Batch],
+    share: Share,
+    wrappers: Mapping[str, Mapping[str, nn.Module]] | None = None,
+) -> dict[str, Tensor]:
+    """One optimizer step, phase by phase; returns every figure's mean over this process's samples, on the device."""
     figures: dict[str, Tensor] = {}
-    for micro in range(config.accumulate):
-        images, captions = next(stream)
-        # One generator per micro-batch, seeded by its place in the run: nothing to save, nothing to drift.
-        generator = seeds.generator(config.seed, state.step * config.accumulate + micro + 1)
-        with torch.autocast(state.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
-            loss, further = task.loss(images.to(state.device), captions, generator)
-        (loss / config.accumulate).backward()
-        for name, value in {"loss": loss, **further}.items():
-            figures[name] = figures.get(name, 0) + value.detach() / config.accumulate
-    norm = nn.utils.clip_grad_norm_(state.parameters, config.grad_clip)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    passes = [next(stream).to(state.device) for _ in range(share.passes)]
+    for index, player in enumerate(state.players):
+        phase = player.phase
+        found = _backward(task, config, state, index, passes, (wrappers or {}).get(phase.name, {}))
+        found["grad_norm"] = player.move(learning_rate(config, state.step), config.grad_clip)
+        for module in task.modules.values():
+            module.zero_grad(set_to_none=True)  # what reached others than this phase's
+        if len(state.players) > 1:
+            found = {f"{phase.name}/{name}": value for name, value in found.items()}
+        figures |= found
     state.step += 1
     state.average()
-    return {**figures, "grad_norm": norm.detach()}
+    return figures
 
 
-class TrainState:
-    """Everything that a resumed run needs: weights, averaged weights, optimizer, step."""
+def _backward(
+    task: Task,
+    config: TrainConfig,
+    state: TrainState,
+    index: int,
+    passes: list[Batch],
+    wrappers: Mapping[str, nn.Module],
+) -> dict[str, Tensor]:
+    """The gradient of phase `index`'s loss, summed over its passes, and the mean of its figures."""
+    phase = state.players[index].phase
+    figures: dict[str, Tensor] = {}
+    modules = list(wrappers.values()) or [task.modules[name] for name in phase.modules]
+    with parallel.distributed(task.call, phase.modules, wrappers):
+        for turn, batch in enumerate(passes):
+            draws = Draws(config.seed, state.step, batch.positions, state.device, index)
+            with parallel.unsynchronised(modules, wait=turn < len(passes) - 1):
+                with torch.autocast(state.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+                    loss, further = phase.loss(batch, draws)
+                (loss / len(passes)).backward()
+            for name, value in {"loss": loss, **further}.items():
+                figures[name] = figures.get(name, 0) + value.detach() / len(passes)
+    return figures
 
-    def __init__(self, task: Task, config: TrainConfig) -> None:
-        self.task, self.config, self.step = task, config, 0
-        self.parameters: list[Tensor] = [
-            p for module in task.modules.values() for p in module.parameters() if p.requires_grad
-        ]
-        self.device = self.parameters[0].device
-        self.ema = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
 
-    @torch.no_grad()
-    def average(self) -> None:
-        """Move the averaged weights; a short ramp keeps the random start out of them."""
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self.ema, self.parameters, 1 - decay)
+class _Meter:
+    """Figures between two reports, and what they say: speed, share of the processor's rate, memory, skipped steps."""
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The task's modules with averaged weights, in eval mode, without gradients."""
-        kept = [p.detach().clone() for p in self.parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.ema)
-            for module in self.task.modules.values():
-                module.eval()
-            try:
-                yield
-            finally:
-                torch._foreach_copy_(self.parameters, kept)
-                for module in self.task.modules.values():
-                    module.train()
+    def __init__(self, run: _Run, journal: Journal | None) -> None:
+        self.run, self.journal = run, journal
+        self.totals: dict[str, Tensor] = {}
+        self.count, self.since = 0, time.perf_counter()
+        self.flops = getattr(run.task, "flops", None)  # of a training step, per sample
+        dtype = torch.bfloat16 if run.config.dtype == "bf16" else torch.float32
+        self.rate = peak_rate(run.group.device, dtype) if self.flops and run.group.first else None
 
-    def _named(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{prefix}.{name}": parameter
-            for prefix, module in self.task.modules.items()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        for name, value in figures.items():
+            self.totals[name] = self.totals.get(name, torch.zeros(())) + value
+        self.count += 1
 
-    def save(self, out: Path) -> None:
-        """Write a checkpoint, whole or not at all, then drop the oldest ones.
+    def report(self) -> None:
+        """Report the means since the last report.
 
         Raises:
-            FloatingPointError: the weights are not finite; older checkpoints stay.
+            FloatingPointError: a loss is not finite and its step was not skipped, or too many were skipped.
         """
-        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+        run, names = self.run, sorted(self.totals)
+        means = run.group.mean(torch.stack([self.totals[name].float().cpu() for name in names]) / self.count)
+        values = dict(zip(names, means.tolist(), strict=True))
+        seconds = (time.perf_counter() - self.since) / self.count
+        guards = torch.stack([player.guard for player in run.state.players])
+        skipped, running = int(guards[:, SKIPPED].sum()), int(guards[:, RUNNING].max())
+        if self.journal is not None:
+            images = run.config.batch_size / seconds
+            further = {
+                "images_per_second": images,
+                "lr": learning_rate(run.config, run.state.step - 1),
+                "memory": float(peak_memory(run.group.device)),
+                "skipped_steps": float(skipped),
+            }
+            line = f"{images:.0f} images/s  {further['memory'] / 1e9:.1f} GB"
+            if self.rate and self.flops:
+                further["mfu"] = images * self.flops / (self.rate * run.group.world)
+                line += f"  {further['mfu']:.0%} MFU"
+            if skipped:
+                line += f"  {skipped} skipped"
+            self.journal.report(run.state.step, values, further, line)
+        self.totals, self.count, self.since = {}, 0, time.perf_counter()
+        if running >= run.config.patience:
             raise FloatingPointError(
-                f"step {self.step}: the weights are no longer finite; the last good checkpoint is in {out}"
+                f"step {run.state.step}: the last {running} steps were skipped, for their gradients were not finite or "
+                f"too large; the last good checkpoint is in {run.out}"
             )
-        names = list(self._named())
-        moments = {
-            f"{names[index]}/{key}": value
-            for index, slots in self.optimizer.state_dict()["state"].items()
-            for key, value in slots.items()
-        }
-        with io.whole_directory(out / "checkpoints" / f"step-{self.step:07d}") as folder:
-            io.save_tensors(folder / "model.safetensors", dict(zip(names, self.parameters, strict=True)))
-            io.save_tensors(folder / "ema.safetensors", dict(zip(names, self.ema, strict=True)))
-            io.save_tensors(folder / "optimizer.safetensors", moments)
-            io.write_json(folder / "state.json", {"step": self.step})
-        for old in _checkpoints(out)[: -self.config.keep]:
-            shutil.rmtree(old)
-
-    @torch.no_grad()
-    def load_latest(self, out: Path) -> bool:
-        """Load the newest checkpoint of the run in `out`; False if it has none."""
-        found = _checkpoints(out)
-        if not found:
-            return False
-        folder = found[-1]
-        named = self._named()
-        for file, targets in (("model", self.parameters), ("ema", self.ema)):
-            tensors = io.load_tensors(folder / f"{file}.safetensors")
-            wrong = [name for name, p in named.items() if name not in tensors or tensors[name].shape != p.shape]
-            if wrong or len(tensors) != len(named):
-                raise io.CheckpointError(f"{folder}: holds another model ({', '.join(wrong[:3]) or 'extra weights'})")
-            torch._foreach_copy_(targets, [tensors[name].to(self.device) for name in named])
-        moments = io.load_tensors(folder / "optimizer.safetensors")
-        state = self.optimizer.state_dict()
-        state["state"] = {
-            index: {key: moments[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for index, name in enumerate(named)
-        }
-        self.optimizer.load_state_dict(state)
-        step = io.read_json(folder / "state.json").get("step")
-        if not isinstance(step, int):
-            raise io.CheckpointError(f"{folder / 'state.json'}: damaged, its step is {step!r}")
-        self.step = step
-        return True
 
 
-def _checkpoints(out: Path) -> list[Path]:
-    """Finished checkpoints, oldest first. One being written has a hidden name."""
-    return sorted(p for p in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{7,}", p.name))
+def _recompute(module: nn.Module, config: TrainConfig) -> None:
+    """Activation checkpointing of a diffusers model, as the configuration has it."""
+    if not config.recompute or not getattr(module, "_supports_gradient_checkpointing", False):
+        return
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    kept = {_operator(name) for name in config.recompute_keeps}
+
+    def policy(_: Any, operator: Any, *args: Any, **named: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run(layer: Any, *args: Any) -> Any:
+        if not kept:
+            return checkpoint(layer, *args, use_reentrant=False)
+        contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
+        return checkpoint(layer, *args, use_reentrant=False, context_fn=contexts)
+
+    module.enable_gradient_checkpointing(run)  # type: ignore[operator]
+
+
+def _operator(name: str) -> Any:
+    """The overload that an operator's name means ("aten::mm", "snapgen::attention")."""
+    namespace, _, rest = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), rest, None) if rest else None
+    if packet is None:
+        raise ValueError(f"recompute_keeps: got {name!r}; there is no such operator (snapgen::attention is one)")
+    return packet.default
 
 
 def _claim(out: Path, task: Task, config: TrainConfig) -> None:
     """Record what this run is, or check that `out` holds the same one."""
     fixed = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
-    own = json.loads(json.dumps({"task": task.name, "preset": task.preset.name, **fixed}))
+    own = json.loads(json.dumps({"task": task.name, "preset": task.preset.name, **task.record(), **fixed}))
     record = out / "config.json"
     if record.exists():
         there = io.read_json(record)
@@ -298,7 +397,7 @@ def _claim(out: Path, task: Task, config: TrainConfig) -> None:
         ]
         if "steps" in there and differences == [f"steps was {there.get('steps')!r}, now {own['steps']!r}"]:
             # Until the learning rate begins to fall, the length of a run has had no effect on it.
-            done = int(found[-1].name.split("-")[1]) if (found := _checkpoints(out)) else 0
+            done = int(found[-1].name.split("-")[1]) if (found := checkpoints(out)) else 0
             if done <= (1 - config.cooldown) * min(there["steps"], own["steps"]):
                 io.write_json(record, own)
                 return
@@ -328,29 +427,3 @@ def _interrupts() -> Iterator[Any]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _progress(console: Console, steps: int, start: int) -> Iterator[Any]:
-    columns = (
-        TextColumn("{task.completed}/{task.total}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        line = bar.add_task("starting", total=steps, completed=start)
-        yield lambda step, text: bar.update(line, completed=step, description=text)
-
-
-def _report(writer: Any, show: Any, step: int, means: dict[str, float], rate: float, lr: float) -> None:
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-    show(step, f"{shown}  {rate:.0f} images/s")
-    for name, value in {**means, "images_per_second": rate, "lr": lr}.items():
-        writer.add_scalar(name, value, step)
-
-
-def _tensorboard(out: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out / "tensorboard"))

@@ -199,7 +199,7 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
 
     def _run(self, layer: nn.Module, *args: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(layer, *args, use_reentrant=False)
+            return self._gradient_checkpointing_func(layer, *args)
         return layer(*args)
 
     def _check(self, sample: Tensor, context: Tensor, pooled: Tensor | None) -> None:

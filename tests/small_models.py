@@ -7,7 +7,7 @@ from rich.console import Console
 
 from snapgen.config import PRESETS, Preset
 from snapgen.data.shapes import VOCABULARY
-from snapgen.tasks import AutoencoderTask, DenoiserTask, build_autoencoder, build_denoiser
+from snapgen.tasks import AutoencoderTask, DenoiserTask, JointText, build_autoencoder, build_denoiser
 
 TINY = PRESETS["tiny"]
 SMALL = Preset(
@@ -29,8 +29,7 @@ def denoiser_task() -> DenoiserTask:
     return DenoiserTask(
         SMALL,
         denoiser=denoiser,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        text=JointText(tokenizer, text_encoder),
         encoder=encoder,
         decoder=decoder,
         prompts=("a red circle", "two stars"),

@@ -11,10 +11,12 @@ import pytest
 import torch
 from small_models import QUIET, SMALL, autoencoder_task, denoiser_task
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from snapgen import io
-from snapgen.data.loader import batches, open_dataset
+from snapgen.data.loader import Share, batches, open_dataset
 from snapgen.data.shapes import ShapesDataset
+from snapgen.tasks import Phase
 from snapgen.train import TrainConfig, learning_rate, train
 
 
@@ -29,11 +31,7 @@ def data() -> ShapesDataset:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     newest = max((out / "checkpoints").glob("step-*"))
-    return {
-        f"{file}/{name}": tensor
-        for file in ("model", "ema", "optimizer")
-        for name, tensor in io.load_tensors(newest / f"{file}.safetensors").items()
-    }
+    return {name: tensor for file in newest.glob("*.safetensors") for name, tensor in io.load_tensors(file).items()}
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -85,7 +83,9 @@ t.train(t.denoiser_task(), Killed(32, length=1000), t.config(), t.Path(sys.argv[
     killed = tmp_path / "killed"
     run = subprocess.run([sys.executable, "-c", script, str(killed), str(Path(__file__).parent)], capture_output=True)
     assert run.returncode == -signal.SIGKILL, run.stderr.decode()
-    assert [p.name for p in (killed / "checkpoints").iterdir()] == ["step-0000003"]
+    assert not any(
+        (p / "state.json").exists() for p in (killed / "checkpoints").glob("step-*") if p.name > "step-0000003"
+    )
     train(denoiser_task(), data(), config(), killed, console=QUIET)
     train(denoiser_task(), data(), config(), tmp_path / "alone", console=QUIET)
     assert_same(tmp_path / "alone", killed)
@@ -130,15 +130,16 @@ def test_a_run_may_be_lengthened_before_its_cooldown(tmp_path):
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    real, calls = io.save_tensors, []
+    real, calls = HuggingFaceStorageWriter.write_data, []
 
-    def filling(path, *args):
-        calls.append(path)
-        if len(calls) == 5:  # the second checkpoint's second file
+    def filling(self, plan, planner):
+        written = real(self, plan, planner)
+        calls.append(self.path)
+        if len(calls) == 2:  # the second checkpoint
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(path, *args)
+        return written
 
-    monkeypatch.setattr(io, "save_tensors", filling)
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", filling)
     with pytest.raises(OSError, match=r"no space left on the disk while writing .*step-0000006"):
         train(denoiser_task(), data(), config(), tmp_path, console=QUIET)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000003"]
@@ -148,33 +149,11 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     assert_same(tmp_path / "alone", tmp_path)
 
 
-@pytest.mark.parametrize("log_every", [2, 100])
-def test_a_loss_that_is_not_finite_stops_and_says_where(tmp_path, log_every):
-    task = denoiser_task()
-    real = task.loss
-
-    def poisoned(images, captions, generator):
-        loss, figures = real(images, captions, generator)
-        return loss * (float("nan") if poisoned.steps >= 4 else 1), figures
-
-    poisoned.steps = 0
-
-    def counted(*args):
-        poisoned.steps += 1
-        return poisoned(*args)
-
-    task.loss = counted
-    with pytest.raises(FloatingPointError, match="step 4"):
-        train(task, data(), config(save_every=2, log_every=log_every), tmp_path, console=QUIET)
-    newest = max((tmp_path / "checkpoints").glob("step-*"))
-    assert all(tensor.isfinite().all() for tensor in io.load_tensors(newest / "model.safetensors").values())
-
-
 def test_a_damaged_checkpoint_is_named(tmp_path):
     train(denoiser_task(), data(), config(steps=2), tmp_path, console=QUIET)
-    path = tmp_path / "checkpoints" / "step-0000002" / "ema.safetensors"
+    (path,) = (tmp_path / "checkpoints" / "step-0000002").glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(io.CheckpointError, match=r"ema.safetensors: truncated"):
+    with pytest.raises(io.CheckpointError, match=r"safetensors: truncated"):
         train(denoiser_task(), data(), config(steps=2), tmp_path, console=QUIET)
 
 
@@ -183,30 +162,70 @@ class Regression:
 
     name, preset = "regression", SMALL
 
-    def __init__(self):
+    def __init__(self, spoil=lambda step, loss: loss):
         self.modules = {"line": nn.Linear(1, 1, bias=False)}
+        self.call = dict(self.modules)
+        self.averaged = ("line",)
+        self.spoil, self.steps, self.drawn = spoil, 0, []
         nn.init.constant_(self.modules["line"].weight, 1.0)
 
-    def loss(self, images, captions, generator):
-        x = images.mean((1, 2, 3)).unsqueeze(1)
-        return (self.modules["line"](x) - 3 * x).square().mean(), {}
+    def phases(self):
+        return (Phase(name="line", modules=("line",), loss=self.loss),)
+
+    def record(self):
+        return {}
+
+    def loss(self, batch, draws):
+        self.drawn += [tuple(row) for row in draws.normal(4).tolist()]
+        x = batch.images.mean((1, 2, 3)).unsqueeze(1)
+        self.steps += 1
+        return self.spoil(self.steps, (self.call["line"](x) - 3 * x).square().mean()), {}
 
     def sample_grid(self, path, seed):
-        self.averaged = float(self.modules["line"].weight)
+        self.averaged_weight = float(self.modules["line"].weight)
 
-    def export(self, path):
-        pass
+    def export(self, path, modules):
+        io.save_tensors(path / "line.safetensors", modules["line"].state_dict())
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
-    results = []
-    for batch_size, accumulate in ((8, 1), (4, 2), (2, 4)):
+    results, drawn = [], []
+    for micro_batch in (8, 4, 2):
         task = Regression()
-        out = tmp_path / str(accumulate)
-        train(task, data(), config(steps=3, batch_size=batch_size, accumulate=accumulate), out, console=QUIET)
+        out = tmp_path / str(micro_batch)
+        train(task, data(), config(steps=3, batch_size=8, micro_batch=micro_batch), out, console=QUIET)
         results.append(task.modules["line"].weight.item())
+        drawn.append(task.drawn)
     assert results[0] != 1.0
     assert results == pytest.approx([results[0]] * 3, rel=1e-6)
+    assert drawn[0] == drawn[1] == drawn[2]  # noise belongs to samples, not to batches
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_a_broken_gradient_changes_nothing_and_is_counted(tmp_path, bad):
+    plan = config(steps=120, warmup=1, lr=1e-4, save_every=200, spike=5.0)
+    broken = Regression(lambda step, loss: loss * (bad if step == 110 else 1))
+    train(broken, data(), plan, tmp_path / "broken", console=QUIET)
+    assert weights(tmp_path / "broken")["guard/line"][2] == 1  # skipped
+    assert weights(tmp_path / "broken")["optimizer/line/line.weight/step"] == 119
+    assert weights(tmp_path / "broken")["model/line.weight"].isfinite().all()
+    # The first steps have no average to be measured against: only what is not finite is skipped.
+    early = Regression(lambda step, loss: loss * (bad if step == 10 else 1))
+    train(early, data(), plan, tmp_path / "early", console=QUIET)
+    assert weights(tmp_path / "early")["guard/line"][2] == (0 if bad == 1e6 else 1)
+
+
+@pytest.mark.parametrize("log_every", [2, 100])
+def test_gradients_that_stay_broken_stop_the_run(tmp_path, log_every):
+    plan = config(steps=200, save_every=2, log_every=log_every, patience=10)
+    task = Regression(lambda step, loss: loss * (float("nan") if step > 4 else 1))
+    with pytest.raises(
+        FloatingPointError, match=rf"step {14 if log_every == 2 else 100}: the last \d+ steps were skipped"
+    ):
+        train(task, data(), plan, tmp_path, console=QUIET)
+    tensors = weights(tmp_path)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert tensors["optimizer/line/line.weight/step"] == 4
 
 
 def test_first_adamw_step_and_average_by_hand(tmp_path):
@@ -222,23 +241,16 @@ def test_first_adamw_step_and_average_by_hand(tmp_path):
     by_hand = 1.0 * (1 - 0.1 * 0.5) + 0.1
     assert task.modules["line"].weight.item() == pytest.approx(by_hand, rel=1e-5)
     decay = min(0.9, 2 / 11)
-    assert task.averaged == pytest.approx(decay * 1.0 + (1 - decay) * by_hand, rel=1e-5)
+    assert task.averaged_weight == pytest.approx(decay * 1.0 + (1 - decay) * by_hand, rel=1e-5)
 
 
-def test_every_forward_pass_has_noise_of_its_own(tmp_path):
+def test_every_sample_has_noise_of_its_own(tmp_path):
     drawn = {}
     for seed in (0, 1):
-        task, noise = Regression(), []
-        real = task.loss
-
-        def recording(images, captions, generator, noise=noise, real=real):
-            noise.append(tuple(torch.randn(4, generator=generator).tolist()))
-            return real(images, captions, generator)
-
-        task.loss = recording
-        train(task, data(), config(steps=5, accumulate=2, seed=seed), tmp_path / str(seed), console=QUIET)
-        drawn[seed] = noise
-    assert [len(set(noise)) for noise in drawn.values()] == [10, 10]
+        task = Regression()
+        train(task, data(), config(steps=5, seed=seed), tmp_path / str(seed), console=QUIET)
+        drawn[seed] = task.drawn
+    assert [len(set(noise)) for noise in drawn.values()] == [20, 20]
     assert not set(drawn[0]) & set(drawn[1])
 
 
@@ -250,7 +262,17 @@ def test_learning_rate_rises_stays_and_falls():
 
 
 @pytest.mark.parametrize(
-    "change", [dict(steps=0), dict(batch_size=0), dict(dtype="fp16"), dict(cooldown=1.5), dict(ema=1.0)]
+    "change",
+    [
+        dict(steps=0),
+        dict(batch_size=0),
+        dict(dtype="fp16"),
+        dict(cooldown=1.5),
+        dict(ema=1.0),
+        dict(spike=0.5),
+        dict(micro_batch=0),
+        dict(patience=0),
+    ],
 )
 def test_wrong_settings_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -282,8 +304,8 @@ class Numbered:
 
 def test_batches_from_any_position_are_those_of_the_whole_stream():
     def take(start, count):
-        stream = batches(Numbered(), 4, start=start, seed=3)
-        return [[int(caption) for caption in next(stream)[1]] for _ in range(count)]
+        stream = batches(Numbered(), Share(4, 4), start=start, seed=3)
+        return [[int(caption) for caption in next(stream).captions] for _ in range(count)]
 
     whole = take(0, 10)
     for start in range(10):
@@ -294,16 +316,39 @@ def test_batches_from_any_position_are_those_of_the_whole_stream():
     assert flat[:10] != flat[10:20]
 
 
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_processes_share_the_batches_of_one(shuffled):
+    data = Numbered()
+    data.procedural = not shuffled
+
+    def take(share):
+        stream = batches(data, share, start=2, seed=3)
+        return [next(stream) for _ in range(2 * share.passes)]
+
+    (alone,) = {tuple(caption for batch in take(Share(12, 12)) for caption in batch.captions)}
+    places = {}
+    for rank in range(2):
+        for batch in take(Share(12, 3, rank, 2)):
+            places |= dict(zip(batch.positions, batch.captions, strict=True))
+    assert sorted(places) == list(range(24, 48))
+    assert tuple(places[place] for place in sorted(places)) == alone
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_named():
+    with pytest.raises(ValueError, match=r"batch_size: got 10; must be a multiple of .* 4 x 2"):
+        Share(10, 4, 0, 2)
+
+
 def test_a_stream_is_passed_over_to_its_position():
     class Stream:
         def __iter__(self):
             for index in range(5):
                 yield Numbered()[index]
 
-    stream = batches(Stream(), 2, start=2, seed=0)
-    assert [next(stream)[1] for _ in range(3)] == [["4", "0"], ["1", "2"], ["3", "4"]]
+    stream = batches(Stream(), Share(2, 2), start=2, seed=0)
+    assert [next(stream).captions for _ in range(3)] == [["4", "0"], ["1", "2"], ["3", "4"]]
     with pytest.raises(ValueError, match="no item"):
-        next(batches([].__iter__(), 2, start=0, seed=0))
+        next(batches([].__iter__(), Share(2, 2), start=0, seed=0))
 
 
 def test_unknown_data_is_named(tmp_path):

@@ -1,8 +1,10 @@
-"""Batches of any dataset from any position: step n's batch depends on (seed, n) alone."""
+"""Batches of any dataset from any position: what step n trains on depends on (seed, n) alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +13,93 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from snapgen import seeds
+from snapgen.text import TextEmbedding
 
-Batch = tuple[Tensor, list[str]]  # pictures [B, 3, H, W] in [-1, 1], captions
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one forward pass trains on: pictures and captions, or what was made of them beforehand."""
+
+    captions: list[str]
+    images: Tensor | None = None
+    """Pictures [B, 3, H, W] in [-1, 1]."""
+    latents: Tensor | None = None
+    """Scaled latents [B, C, h, w], where they were computed beforehand."""
+    text: TextEmbedding | None = None
+    """Embedded captions, where they were computed beforehand."""
+    positions: Sequence[int] = ()
+    """The samples' places in the run, which decide over their noise (`seeds.Draws`)."""
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
+
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device, non_blocking=True)
+
+        text = self.text and TextEmbedding(*(moved(part) for part in self.text))  # type: ignore[arg-type]
+        return replace(self, images=moved(self.images), latents=moved(self.latents), text=text)
 
 
-class _BatchIndices(Sampler[list[int]]):
-    """Indices of batch `start`, `start` + 1, ... without end; every epoch has an order of its own."""
+@dataclass(frozen=True)
+class Share:
+    """What one process reads of every step: `batch_size` samples are dealt out in passes of `micro_batch` to `world`
+    processes in turn.
 
-    def __init__(self, length: int, batch_size: int, start: int, seed: int, shuffle: bool) -> None:
+    Raises:
+        ValueError: the batch cannot be dealt out evenly.
+    """
+
+    batch_size: int
+    micro_batch: int
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.micro_batch * self.world):
+            raise ValueError(
+                f"batch_size: got {self.batch_size}; must be a multiple of micro_batch times the number of processes, "
+                f"{self.micro_batch} x {self.world}"
+            )
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of this process in a step."""
+        return self.batch_size // (self.micro_batch * self.world)
+
+    def positions(self, step: int) -> Iterator[range]:
+        """Of each pass in step `step`, its samples' places in the run."""
+        for turn in range(self.passes):
+            first = step * self.batch_size + (turn * self.world + self.rank) * self.micro_batch
+            yield range(first, first + self.micro_batch)
+
+
+class _Places(Sampler[Any]):
+    """For every forward pass from step `start` on, without end: places in the run, and the samples that stand there.
+
+    Every epoch has an order of its own.
+    """
+
+    def __init__(self, length: int, share: Share, start: int, seed: int, shuffle: bool) -> None:
         if length < 1:
             raise ValueError("data: the dataset is empty")
-        self.length, self.batch_size, self.start, self.seed, self.shuffle = length, batch_size, start, seed, shuffle
+        self.length, self.share, self.start, self.seed, self.shuffle = length, share, start, seed, shuffle
 
-    def __iter__(self) -> Iterator[list[int]]:
-        position, epoch, order = self.start * self.batch_size, -1, torch.empty(0)
+    def __iter__(self) -> Iterator[tuple[range, list[int]]]:
+        step, epoch, order = self.start, -1, torch.empty(0)
         while True:
-            indices = []
-            for place in range(position, position + self.batch_size):
-                if self.shuffle and place // self.length != epoch:
-                    epoch = place // self.length
-                    order = torch.randperm(self.length, generator=seeds.generator(self.seed, epoch))
-                offset = place % self.length
-                indices.append(int(order[offset]) if self.shuffle else offset)
-            position += self.batch_size
-            yield indices
+            for positions in self.share.positions(step):
+                indices = []
+                for place in positions:
+                    if self.shuffle and place // self.length != epoch:
+                        epoch = place // self.length
+                        order = torch.randperm(self.length, generator=seeds.generator(self.seed, epoch))
+                    offset = place % self.length
+                    indices.append(int(order[offset]) if self.shuffle else offset)
+                yield positions, indices
+            step += 1
 
 
 class _Batched(Dataset[Batch]):
@@ -43,11 +108,20 @@ class _Batched(Dataset[Batch]):
     def __init__(self, data: Any) -> None:
         self.data = data
 
-    def __getitem__(self, indices: Sequence[int]) -> Batch:
+    def __getitem__(self, place: tuple[range, Sequence[int]]) -> Batch:
+        positions, indices = place
         if hasattr(self.data, "batch"):
-            return self.data.batch(indices)
-        items = [self.data[index] for index in indices]
-        return torch.stack([item["image"] for item in items]), [item["caption"] for item in items]
+            found = self.data.batch(indices)
+            if isinstance(found, Batch):
+                return replace(found, positions=positions)
+            images, captions = found
+            return Batch(images=images, captions=captions, positions=positions)
+        return _collated([self.data[index] for index in indices], positions)
+
+
+def _collated(items: Sequence[Any], positions: Sequence[int]) -> Batch:
+    images, captions = torch.stack([item["image"] for item in items]), [item["caption"] for item in items]
+    return Batch(images=images, captions=captions, positions=positions)
 
 
 def open_dataset(source: str, resolution: int, *, seed: int = 0) -> Any:
@@ -73,33 +147,40 @@ def open_dataset(source: str, resolution: int, *, seed: int = 0) -> Any:
     raise ValueError(f"data: got {source!r}; must be 'shapes', a folder, or WebDataset shards ending in .tar")
 
 
-def batches(data: Any, batch_size: int, *, start: int, seed: int, workers: int = 0) -> Iterator[Batch]:
-    """An endless stream of batches, beginning with batch number `start`.
+def batches(data: Any, share: Share, *, start: int, seed: int, workers: int = 0) -> Iterator[Batch]:
+    """An endless stream of batches, beginning with the first forward pass of step `start`.
 
     Args:
-        data: map-style with `__len__`, and `__getitem__` giving {"image", "caption"} or `batch(indices)`; a
-            procedural one says `procedural = True` and is read in order, being random already. Or iterable, giving
-            such items; then `start` batches are read and passed over.
+        data: map-style with `__len__`, and `__getitem__` giving {"image", "caption"}, or `batch(indices)` giving a
+            `Batch` or pictures and captions; a procedural one says `procedural = True` and is read in order, being
+            random already. Or iterable, giving such items; then what comes before `start` is read and passed over.
+        share: this process's part of every step.
     """
     if hasattr(data, "__getitem__"):
-        indices = _BatchIndices(len(data), batch_size, start, seed, shuffle=not getattr(data, "procedural", False))
-        yield from DataLoader(_Batched(data), batch_size=None, sampler=indices, num_workers=workers)
+        places = _Places(len(data), share, start, seed, shuffle=not getattr(data, "procedural", False))
+        yield from DataLoader(_Batched(data), batch_size=None, sampler=places, num_workers=workers)
     else:
-        yield from _from_stream(data, batch_size, start)
+        yield from _from_stream(data, share, start)
 
 
-def _from_stream(data: Any, batch_size: int, start: int) -> Iterator[Batch]:
-    passed, items = 0, []
+def _from_stream(data: Any, share: Share, start: int) -> Iterator[Batch]:
+    """Samples of an iterable dataset in its order, over and over."""
+    wanted = (positions for step in count(start) for positions in share.positions(step))
+    positions, items = next(wanted), []
+    for place, item in enumerate(_again(data)):
+        if place < positions[0]:
+            continue
+        items.append(item)
+        if len(items) == len(positions):
+            yield _collated(items, positions)
+            positions, items = next(wanted), []
+
+
+def _again(data: Any) -> Iterator[Any]:
     while True:
         empty = True
         for item in data:
             empty = False
-            if passed < start * batch_size:
-                passed += 1
-                continue
-            items.append(item)
-            if len(items) == batch_size:
-                yield torch.stack([i["image"] for i in items]), [i["caption"] for i in items]
-                items = []
+            yield item
         if empty:
             raise ValueError("data: the stream gave no item")
