@@ -216,7 +216,7 @@ def make_task(case: ModelCase, device: str = "cpu") -> tuple[Any, Any]:
             network = without_memory(case)
         else:
             network = build(case)
-        text = TextEmbedding(context, None, pooled)  # type: ignore[arg-type] - every token counts
+        text = TextEmbedding(context, None, pooled)  # type: ignore[arg-type]  # every token counts
         with torch.device("meta"):
             decoder = TinyDecoder(**preset.decoder)
         task = DenoiserTask(preset, denoiser=network.train(), text=CachedText(text), encoder=None, decoder=decoder)
@@ -229,9 +229,9 @@ def make_task(case: ModelCase, device: str = "cpu") -> tuple[Any, Any]:
     pictures, captions = ShapesDataset(preset.resolution, split="train").batch(range(case.batch))
     modules = dict(denoiser=denoiser, text_encoder=text_encoder, encoder=encoder, decoder=decoder)
     placed: dict[str, Any] = {name: _channels_last(module).train() for name, module in modules.items()}
-    text = JointText(tokenizer, placed.pop("text_encoder"))
+    joint = JointText(tokenizer, placed.pop("text_encoder"))
     batch = Batch(captions=list(captions), images=pictures, positions=range(case.batch))
-    return DenoiserTask(preset, text=text, **placed), batch
+    return DenoiserTask(preset, text=joint, **placed), batch
 
 
 def _channels_last(network: nn.Module) -> nn.Module:

@@ -86,10 +86,14 @@ def processes(kind: Kind = "ddp") -> Iterator[Processes]:
     if world == 1:
         yield Processes(kind, 0, 1, device)
         return
+    store, rank, _ = next(iter(dist.rendezvous("env://")))
+    # torchrun may hand the store of a failed attempt to the next one, with the addresses of processes that are gone.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # Gloo beside NCCL: flags and checkpoints travel between CPUs.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
-        yield Processes(kind, dist.get_rank(), world, device, dist.new_group(backend="gloo"))
+        yield Processes(kind, rank, world, device, dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
 
@@ -143,9 +147,7 @@ def distributed(call: dict[str, Any], names: Iterable[str], wrappers: Mapping[st
 def wrapped(module: nn.Module, group: Processes, *, unused: bool) -> nn.Module:
     """The module under DDP."""
     ids = [group.device.index] if group.device.type == "cuda" else None
-    return DistributedDataParallel(
-        module, device_ids=ids, find_unused_parameters=unused, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=unused, gradient_as_bucket_view=True)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from snapgen import io
@@ -278,7 +279,11 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for file in files:
         io.check_tensors(file)
     metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    return {name: tuple(value.size) for name, value in metadata.state_dict_metadata.items()}
+    return {
+        name: tuple(value.size)
+        for name, value in metadata.state_dict_metadata.items()
+        if isinstance(value, TensorStorageMetadata)
+    }
 
 
 def _trained(task: Task, names: Any) -> dict[str, nn.Parameter]:

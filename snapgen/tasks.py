@@ -267,11 +267,12 @@ class DenoiserTask:
         from snapgen.pipeline import SnapGenPipeline
         from snapgen.sampler import make_scheduler
 
+        parts: dict[str, Any] = {name: modules[name] for name in self.student}
         return SnapGenPipeline(
             decoder=self.decoder,
             encoder=self.encoder,
             scheduler=make_scheduler(self.shift),
-            **{name: modules[name] for name in self.student},
+            **parts,
             **self.text.components(),
         )
 

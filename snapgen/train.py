@@ -223,7 +223,12 @@ class _Run:
         self.group.wait()
 
     def _export(self) -> Path:
-        weights = {name: parallel.whole(value).cpu() for name, value in self.state.ema.items()}
+        weights = {
+            f"{name}.{key}": parallel.whole(value).cpu()  # every process has to ask
+            for name in self.task.averaged
+            for key, value in self.task.modules[name].state_dict().items()
+        }
+        weights |= {name: parallel.whole(value).cpu() for name, value in self.state.ema.items()}
         if self.group.first:
             modules = {name: self._exported(name, weights) for name in self.task.averaged}
             with torch.no_grad(), io.whole_directory(self.out / "export") as folder:
@@ -236,9 +241,7 @@ class _Run:
     def _exported(self, name: str, weights: Mapping[str, Tensor]) -> nn.Module:
         """A trained module, whole, with averaged weights, on the CPU."""
         module = self.templates[name].to_empty(device="cpu")
-        own = {key: parallel.whole(value) for key, value in self.task.modules[name].state_dict().items()}
-        own |= {key: weights[full] for key in own if (full := f"{name}.{key}") in weights}
-        module.load_state_dict(own)
+        module.load_state_dict({key: weights[f"{name}.{key}"] for key in module.state_dict()})
         for key, buffer in self.task.modules[name].named_buffers():  # those that are not saved
             module.get_buffer(key).copy_(buffer)
         return module.eval()

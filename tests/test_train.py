@@ -83,9 +83,8 @@ t.train(t.denoiser_task(), Killed(32, length=1000), t.config(), t.Path(sys.argv[
     killed = tmp_path / "killed"
     run = subprocess.run([sys.executable, "-c", script, str(killed), str(Path(__file__).parent)], capture_output=True)
     assert run.returncode == -signal.SIGKILL, run.stderr.decode()
-    assert not any(
-        (p / "state.json").exists() for p in (killed / "checkpoints").glob("step-*") if p.name > "step-0000003"
-    )
+    # A checkpoint that was being written when the kill came has a hidden name.
+    assert {p.name for p in (killed / "checkpoints").glob("step-*")} <= {"step-0000003"}
     train(denoiser_task(), data(), config(), killed, console=QUIET)
     train(denoiser_task(), data(), config(), tmp_path / "alone", console=QUIET)
     assert_same(tmp_path / "alone", killed)

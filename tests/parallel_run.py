@@ -1,0 +1,57 @@
+"""What every process of a test under torchrun runs: OUT KIND STEPS [STOP_AT]. Prints the losses on the first."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from small_models import QUIET, denoiser_task
+
+from snapgen import train as training
+from snapgen.data.shapes import ShapesDataset
+
+out, kind, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+stop_at = int(sys.argv[4]) if len(sys.argv) > 4 else 0
+micro = int(os.environ.get("MICRO", "0")) or None
+rank = int(os.environ.get("RANK", "0"))
+torch.set_num_threads(1)
+losses: dict[int, float] = {}
+report = training._Meter.report
+
+
+def reporting(self):
+    totals = {name: self.run.group.mean(value.float().cpu()) for name, value in sorted(self.totals.items())}
+    losses[self.run.state.step] = float(totals["loss"]) / self.count
+    report(self)
+
+
+training._Meter.report = reporting
+
+
+class Data(ShapesDataset):
+    read = 0
+
+    def batch(self, indices):
+        Data.read += 1
+        if stop_at and rank == 1 and Data.read == stop_at and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), 9)  # a lost worker
+        return super().batch(indices)
+
+
+config = training.TrainConfig(
+    steps=steps,
+    batch_size=8,
+    micro_batch=micro,
+    warmup=2,
+    cooldown=0.0,
+    save_every=3,
+    sample_every=100,
+    log_every=1,
+    lr=2e-3,
+    parallel=kind,
+    recompute=bool(os.environ.get("RECOMPUTE")),
+)
+training.train(denoiser_task(), Data(32, length=1000), config, out, console=QUIET)
+if rank == 0:
+    print(json.dumps(losses))
