@@ -203,10 +203,11 @@ def make_task(case: ModelCase, device: str = "cpu") -> tuple[Any, Any]:
     """Task and batch of a training case: ``snapgen train`` as it is where the preset trains its own encoders, else on
     given latents and text, as where the encoders are frozen and their outputs are kept. The same weights at every
     call."""
+    from snapgen.conditioning import CachedText, JointText
     from snapgen.data.loader import Batch
     from snapgen.data.shapes import VOCABULARY, ShapesDataset
     from snapgen.decoder import TinyDecoder
-    from snapgen.tasks import CachedText, DenoiserTask, JointText, build_autoencoder, build_denoiser
+    from snapgen.tasks import DenoiserTask, build_autoencoder, build_denoiser
     from snapgen.text import TextEmbedding
 
     preset = PRESETS[case.preset]

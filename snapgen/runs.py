@@ -11,10 +11,11 @@ from rich.console import Console
 from torch import nn
 
 from snapgen import io
+from snapgen.conditioning import JointText
 from snapgen.config import SHIPPED, Preset, get_preset
 from snapgen.data.loader import open_dataset
 from snapgen.data.shapes import VOCABULARY, ShapesDataset, eval_captions
-from snapgen.tasks import AutoencoderTask, DenoiserTask, JointText, build_autoencoder, build_denoiser
+from snapgen.tasks import AutoencoderTask, DenoiserTask, build_autoencoder, build_denoiser
 from snapgen.train import TrainConfig, train
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from snapgen import flow
+from snapgen.conditioning import Conditioning
 from snapgen.config import Preset
 from snapgen.data.loader import Batch
 from snapgen.seeds import Draws
-from snapgen.text import TextEmbedding, build_tiny_text, encode_tiny
+from snapgen.text import TextEmbedding, build_tiny_text
 
 Figures = dict[str, Tensor]  # what is reported beside the loss: scalars, detached
 Loss = Callable[[Batch, Draws], tuple[Tensor, Figures]]  # mean over the batch
@@ -118,70 +119,6 @@ class FlowMatching:
         return {"objective": "flow matching"}
 
 
-class JointText:
-    """The tiny CLIP that is trained together with the denoiser.
-
-    Args:
-        caption_dropout: share of captions replaced by the empty one (classifier-free guidance, Ho and Salimans 2022).
-    """
-
-    def __init__(self, tokenizer: Any, encoder: nn.Module, *, caption_dropout: float = 0.1) -> None:
-        self.modules: dict[str, nn.Module] = {"text_encoder": encoder}
-        self.tokenizer = tokenizer
-        self.caption_dropout = caption_dropout
-
-    def embed(
-        self, batch: Batch, draws: Draws, call: Mapping[str, nn.Module], device: torch.device
-    ) -> tuple[TextEmbedding, list[str]]:
-        """The batch's captions embedded, and what dropout left of them."""
-        _, captions = _dropout(batch.captions, draws, self.caption_dropout)
-        return encode_tiny(self.tokenizer, call["text_encoder"], captions, device), captions
-
-    def components(self) -> dict[str, Any]:
-        """What a pipeline is given."""
-        return dict(tokenizer=self.tokenizer, joint_text=True)
-
-
-class CachedText:
-    """Captions that were embedded beforehand.
-
-    Args:
-        empty: the empty caption, embedded (batch 1), which takes the place of those dropped.
-    """
-
-    modules: dict[str, nn.Module] = {}  # noqa: RUF012 - an empty one, for all
-
-    def __init__(self, empty: TextEmbedding, *, caption_dropout: float = 0.1) -> None:
-        self.empty = empty
-        self.caption_dropout = caption_dropout
-
-    def embed(
-        self, batch: Batch, draws: Draws, call: Mapping[str, nn.Module], device: torch.device
-    ) -> tuple[TextEmbedding, list[str]]:
-        """The batch's embedded captions, and what dropout left of the captions."""
-        if batch.text is None:
-            raise ValueError("data: its captions are not embedded")
-        dropped, captions = _dropout(batch.captions, draws, self.caption_dropout)
-
-        def chosen(own: Tensor | None, empty: Tensor | None) -> Any:
-            if own is None or empty is None:
-                return None
-            there = torch.tensor(dropped, device=own.device).view(-1, *(1,) * (own.ndim - 1))
-            return torch.where(there, empty.to(own), own)
-
-        return TextEmbedding(*(chosen(own, empty) for own, empty in zip(batch.text, self.empty, strict=True))), captions
-
-    def components(self) -> dict[str, Any]:
-        """What a pipeline is given."""
-        return {}
-
-
-def _dropout(captions: Sequence[str], draws: Draws, share: float) -> tuple[list[bool], list[str]]:
-    """Which captions are dropped, and the captions with the empty one in their place."""
-    dropped = draws.chosen(share)
-    return dropped, ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
-
-
 class DenoiserTask:
     """Training of a denoiser on latents, by whatever `objective`.
 
@@ -201,7 +138,7 @@ class DenoiserTask:
         preset: Preset,
         *,
         denoiser: nn.Module,
-        text: JointText | CachedText,
+        text: Conditioning,
         encoder: nn.Module | None,
         decoder: Any,
         objective: Objective | None = None,
@@ -231,7 +168,7 @@ class DenoiserTask:
         return self.objective.phases(self)
 
     def record(self) -> dict[str, Any]:
-        return {"caption_dropout": self.text.caption_dropout, "shift": self.shift, **self.objective.record()}
+        return {"shift": self.shift, **self.text.record(), **self.objective.record()}
 
     @torch.no_grad()
     def latents(self, batch: Batch) -> Tensor:

@@ -5,9 +5,10 @@ import os
 import torch
 from rich.console import Console
 
+from snapgen.conditioning import JointText
 from snapgen.config import PRESETS, Preset
 from snapgen.data.shapes import VOCABULARY
-from snapgen.tasks import AutoencoderTask, DenoiserTask, JointText, build_autoencoder, build_denoiser
+from snapgen.tasks import AutoencoderTask, DenoiserTask, build_autoencoder, build_denoiser
 
 TINY = PRESETS["tiny"]
 SMALL = Preset(
