@@ -83,7 +83,9 @@ def load_image(data: bytes, size: int | Size) -> Image.Image:
 def image_size(data: bytes) -> Size:
     """Height and width of a JPEG, PNG or WebP file once it is upright, from its header."""
     with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
-        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        # Asked for the EXIF of a PNG that has none before its pixels, Pillow decodes them all.
+        exif = {} if opened.format == "PNG" and "exif" not in opened.info else opened.getexif()
+        turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return Size(opened.width, opened.height) if turned else Size(opened.height, opened.width)
 
 
