@@ -187,10 +187,6 @@ class CaptionedImages(ABC):
     def _size(self, index: int) -> Size:
         return self.sizes[0] if self.bucketing is None else self.sizes[self.buckets[index]]
 
-    def usable(self, index: int) -> tuple[Image.Image, str] | None:
-        """The picture and caption of a pair, or None if it cannot be used, which is counted."""
-        return self._try(index)
-
     def _pair(self, index: int, bucket: int) -> tuple[Image.Image, str, int] | None:
         """The pair or its stand-in: the next of the same bucket; None if all of that cannot be used."""
         count = len(self)
@@ -219,15 +215,15 @@ class CaptionedImages(ABC):
         """
         return self._stack(indices)[:2]
 
-    def _stack(self, indices: Sequence[int]) -> tuple[Tensor, list[str], list[int]]:
-        import torch  # here, so that looking through a folder does not need it
+    def usable(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """As `batch`, but with nothing in the place of pairs that cannot be used, which are counted."""
+        found = [pair for pair in (self._try(index) for index in indices) if pair is not None]
+        size = self._size(indices[0]) if indices else self.sizes[0]
+        return _tensor([picture for picture, _ in found], size), [caption for _, caption in found]
 
+    def _stack(self, indices: Sequence[int]) -> tuple[Tensor, list[str], list[int]]:
         size, pairs = self._of_one_bucket(list(map(int, indices)))
-        pixels = np.empty((len(pairs), *size, 3), np.uint8)
-        for row, (picture, _, _) in zip(pixels, pairs, strict=True):
-            row[:] = np.asarray(picture)
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+        images = _tensor([picture for picture, _, _ in pairs], size)
         return images, [caption for _, caption, _ in pairs], [used for _, _, used in pairs]
 
     def _of_one_bucket(self, indices: Sequence[int]) -> tuple[Size, list[tuple[Image.Image, str, int]]]:
@@ -266,6 +262,17 @@ class CaptionedImages(ABC):
             names = self._examples[reason]
             lines.append(f"  {count:6d}  {reason}: {', '.join(names)}{', ...' if count > len(names) else ''}")
         return "\n".join(lines)
+
+
+def _tensor(pictures: Sequence[Image.Image], size: Size) -> Tensor:
+    """Pictures of `size` as float32 [B, 3, H, W] in [-1, 1]."""
+    import torch  # here, so that looking through a folder does not need it
+
+    pixels = np.empty((len(pictures), *size, 3), np.uint8)
+    for row, picture in zip(pixels, pictures, strict=True):
+        row[:] = np.asarray(picture)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 # --- folders --------------------------------------------------------------------------------------------------------
