@@ -181,7 +181,7 @@ def batches(data: Any, share: Share, *, start: int, seed: int, workers: int = 0)
     """An endless stream of batches, beginning with the first forward pass of step `start`.
 
     Args:
-        data: map-style with `__len__`, and `__getitem__` giving {"image", "caption"}, or `batch(indices)` giving a
+        data: map-style with `__len__`, and `__getitem__` giving {"image", "caption"} or `batch(indices)` giving a
             `Batch` or pictures and captions; a procedural one says `procedural = True` and is read in order, being
             random already; one with `buckets`, the bucket of every sample, has each step's batch from one of them.
             Or with `stream(share, start=, seed=, workers=)`, which gives the batches themselves. Or iterable, giving
@@ -190,7 +190,7 @@ def batches(data: Any, share: Share, *, start: int, seed: int, workers: int = 0)
     """
     if hasattr(data, "stream"):
         yield from data.stream(share, start=start, seed=seed, workers=workers)
-    elif hasattr(data, "__getitem__"):
+    elif hasattr(data, "batch") or hasattr(data, "__getitem__"):
         shuffle = not getattr(data, "procedural", False)
         places = _Places(len(data), share, start, seed, shuffle, getattr(data, "buckets", None))
         yield from DataLoader(_Batched(data), batch_size=None, sampler=places, num_workers=workers)
