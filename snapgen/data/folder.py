@@ -476,13 +476,20 @@ class WebDatasetShards(CaptionedImages):
         return parts[1], _caption_of(entry)
 
 
+def numbered(pattern: str) -> list[str]:
+    """All names of a numeric brace pattern: "a-{08..10}" is a-08, a-09, a-10."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not braces:
+        return [pattern]
+    first, last = braces.groups()
+    numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    return [name for n in numbers for name in numbered(pattern[: braces.start()] + n + pattern[braces.end() :])]
+
+
 def _expand(item: str | Path) -> list[Path]:
     text = str(item)
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}", text)
-    if braces:
-        first, last = braces.groups()
-        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-        return [path for n in numbers for path in _expand(text[: braces.start()] + n + text[braces.end() :])]
+    if numbered(text) != [text]:
+        return [path for name in numbered(text) for path in _expand(name)]
     path = Path(item)
     if path.is_dir():
         found = sorted(p for p in path.glob("*.tar") if not p.name.startswith("."))

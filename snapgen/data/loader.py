@@ -147,8 +147,8 @@ def open_dataset(source: str, resolution: int, *, seed: int = 0, bucketing: Buck
 
     Args:
         source: "shapes" for the procedural world; "digits" for scikit-learn's; "imagenet:PATH" for a folder of class
-            folders; a folder of pictures with captions; or one or more WebDataset shards (a .tar file, or a pattern
-            such as "data/{000..127}.tar").
+            folders; a folder of pictures with captions; one or more WebDataset shards (a .tar file, or a pattern such
+            as "data/{000..127}.tar"); or shards to be streamed: a URL, "pipe:" and a command, or "stream:" and shards.
         bucketing: keep the pictures' aspect ratios, each in its bucket; by default their central squares are taken.
 
     Raises:
@@ -157,6 +157,7 @@ def open_dataset(source: str, resolution: int, *, seed: int = 0, bucketing: Buck
     from snapgen.data.digits import ClassFolders, DigitsDataset
     from snapgen.data.folder import ImageFolder, WebDatasetShards
     from snapgen.data.shapes import ShapesDataset
+    from snapgen.data.stream import WebDatasetStream
 
     if bucketing is not None and source in ("shapes", "digits"):
         raise ValueError(f"data: the pictures of {source!r} are all square; buckets have no use")
@@ -166,14 +167,18 @@ def open_dataset(source: str, resolution: int, *, seed: int = 0, bucketing: Buck
         return DigitsDataset(resolution)
     if source.startswith("imagenet:"):
         return ClassFolders(source.removeprefix("imagenet:"), resolution, bucketing=bucketing)
+    if source.startswith(("stream:", "pipe:")) or "://" in source:
+        if bucketing is not None:
+            raise ValueError(f"data: got {source!r}; streamed shards have no buckets, which need every picture's size")
+        return WebDatasetStream(source.removeprefix("stream:"), resolution)
     folder = Path(source)
     if source.endswith(".tar") or (folder.is_dir() and any(folder.glob("*.tar"))):
         return WebDatasetShards(source, resolution, bucketing=bucketing)
     if folder.is_dir():
         return ImageFolder(source, resolution, bucketing=bucketing)
     raise ValueError(
-        f"data: got {source!r}; must be 'shapes', 'digits', 'imagenet:FOLDER', a folder, or WebDataset shards ending "
-        f"in .tar"
+        f"data: got {source!r}; must be 'shapes', 'digits', 'imagenet:FOLDER', a folder, WebDataset shards ending "
+        f"in .tar, or a URL of some"
     )
 
 
