@@ -298,7 +298,7 @@ def _samples(shard: str, note: Any) -> Iterator[_Raw]:
     try:
         with tarfile.open(fileobj=file, mode="r|*") as tar:
             for info in tar:
-                tar.members = []  # which would grow with the shard
+                tar.members = []  # type: ignore[attr-defined]  # would grow with the shard
                 folder, _, name = info.name.rpartition("/")
                 stem, dot, suffix = name.partition(".")
                 if not info.isreg() or info.issparse() or not stem or not dot or name.startswith("__"):
