@@ -13,6 +13,7 @@ from torch import nn
 from snapgen import io
 from snapgen.conditioning import JointText
 from snapgen.config import SHIPPED, Preset, get_preset
+from snapgen.data.digits import DigitsDataset
 from snapgen.data.loader import open_dataset
 from snapgen.data.shapes import VOCABULARY, ShapesDataset, eval_captions
 from snapgen.tasks import AutoencoderTask, DenoiserTask, build_autoencoder, build_denoiser
@@ -35,14 +36,13 @@ def train_denoiser(preset: str, data: str, autoencoder: str, config: TrainConfig
     dataset = open_dataset(data, spec.resolution, seed=config.seed)
     torch.manual_seed(config.seed)
     denoiser, text_encoder, tokenizer = build_denoiser(spec, vocabulary(dataset))
-    prompts = [caption for skill in ("colors", "position", "color_attr") for caption in eval_captions(skill, 4)]
     task = DenoiserTask(
         spec,
         denoiser=_place(denoiser),
         text=JointText(tokenizer, _place(text_encoder)),
         encoder=_place(encoder),
         decoder=_place(decoder),
-        prompts=prompts,
+        prompts=prompts(dataset),
     )
     exported = train(task, dataset, config, out, console=console)
     _report(dataset, console)
@@ -55,7 +55,7 @@ def train_autoencoder(preset: str, data: str, config: TrainConfig, out: Path, co
     dataset = open_dataset(data, spec.resolution, seed=config.seed)
     torch.manual_seed(config.seed)
     encoder, decoder = build_autoencoder(spec)
-    pictures, _ = ShapesDataset(spec.resolution, split="test").batch(range(8))
+    pictures, _ = _shown(dataset, spec.resolution).batch(range(8))
     task = AutoencoderTask(spec, encoder=_place(encoder), decoder=_place(decoder), pictures=pictures.to(_device()))
     exported = train(task, dataset, config, out, console=console)
     _report(dataset, console)
@@ -82,6 +82,20 @@ def vocabulary(dataset: Any) -> list[str]:
         return list(VOCABULARY)
     # The tiny tokenizer splits words and punctuation the same way.
     return sorted({word for caption in dataset.captions() for word in re.findall(r"\w+|[^\w\s]+", caption.lower())})
+
+
+def prompts(dataset: Any) -> list[str]:
+    """For sample grids: the dataset's own, where it has some; else unseen captions of the shapes world."""
+    if hasattr(dataset, "prompts"):
+        return list(dataset.prompts)
+    return [caption for skill in ("colors", "position", "color_attr") for caption in eval_captions(skill, 4)]
+
+
+def _shown(dataset: Any, resolution: int) -> Any:
+    """The pictures that an autoencoder's progress is shown on: digits if it learns them, else unseen shapes."""
+    if isinstance(dataset, DigitsDataset):
+        return DigitsDataset(resolution, split="test")
+    return ShapesDataset(resolution, split="test")
 
 
 def _device() -> str:

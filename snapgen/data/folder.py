@@ -24,12 +24,14 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from .buckets import NONE, Buckets, Size, fitted
 from .shapes import Sample
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ _UPRIGHT = {  # EXIF orientation -> what sets the picture upright; Pillow's exif
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_NO_PICTURE = "image is broken or not JPEG, PNG or WebP"
+_HEAD = 1 << 16  # bytes of a picture's file in which its size is looked for
 _EXAMPLES = 3  # named in the report for each reason
 # What Pillow raises on damaged files: UnidentifiedImageError is an OSError, a broken PNG chunk a SyntaxError.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
@@ -61,20 +65,28 @@ class _Unusable(Exception):
     """One pair cannot be used; the argument is the reason under which it is counted."""
 
 
-def load_image(data: bytes, resolution: int) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file and cut its central square to `resolution`, RGB, upright, no transparency."""
+def load_image(data: bytes, size: int | Size) -> Image.Image:
+    """Decode a JPEG, PNG or WebP file and cut its middle to `size` (a number: that square), RGB, upright, no
+    transparency."""
+    size = Size(size, size) if isinstance(size, int) else size
     with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
-        opened.draft("RGB", (2 * resolution, 2 * resolution))  # JPEG alone: decodes large pictures at a fraction
+        opened.draft("RGB", (2 * max(size), 2 * max(size)))  # JPEG alone: decodes large pictures at a fraction
         turn = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
         picture = opened.transpose(turn) if turn is not None else opened
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("RGB")
-    side = min(picture.size)
-    left, top = (picture.width - side) / 2, (picture.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    return fitted(picture, size)
+
+
+def image_size(data: bytes) -> Size:
+    """Height and width of a JPEG, PNG or WebP file once it is upright, from its header."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+        # Asked for the EXIF of a PNG that has none before its pixels, Pillow decodes them all.
+        exif = {} if opened.format == "PNG" and "exif" not in opened.info else opened.getexif()
+        turned = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return Size(opened.width, opened.height) if turned else Size(opened.height, opened.width)
 
 
 def _text(data: bytes) -> str:
@@ -95,12 +107,21 @@ def _checked(caption: object) -> str:
 
 
 class CaptionedImages(ABC):
-    """What folders and shards share: reading by index, standing in for broken pairs, counting and reporting."""
+    """What folders and shards share: reading by index, standing in for broken pairs, counting and reporting.
 
-    def __init__(self, source: str, resolution: int) -> None:
+    With `bucketing`, every picture's header is read at the start: `buckets` holds the index in `sizes` of each pair (-1
+    where it cannot be used), and pairs of one bucket alone may be asked for together.
+    """
+
+    buckets: list[int]  # where there is bucketing
+
+    def __init__(self, source: str, resolution: int, bucketing: Buckets | None = None) -> None:
         if resolution < 1:
             raise ValueError(f"resolution {resolution}: must be at least 1")
-        self.source, self.resolution = source, resolution
+        if bucketing is not None and bucketing.resolution != resolution:
+            raise ValueError(f"bucketing: its resolution is {bucketing.resolution}, the dataset's {resolution}")
+        self.source, self.resolution, self.bucketing = source, resolution, bucketing
+        self.sizes = (Size(resolution, resolution),) if bucketing is None else bucketing.sizes
         self.skipped: Counter[str] = Counter()  # reason -> pairs
         self._examples: dict[str, list[str]] = {}
         self._unusable: set[int] = set()
@@ -114,8 +135,8 @@ class CaptionedImages(ABC):
         """What a report calls one pair."""
 
     @abstractmethod
-    def _read(self, index: int) -> tuple[bytes, str]:
-        """The image file and the caption of one pair, or _Unusable."""
+    def _read(self, index: int, most: int = -1) -> tuple[bytes, str]:
+        """The image file (its first `most` bytes) and the caption of one pair, or _Unusable."""
 
     def _skip(self, reason: str, name: str) -> None:
         self.skipped[reason] += 1
@@ -125,6 +146,8 @@ class CaptionedImages(ABC):
 
     def _opened(self, verify: bool) -> None:
         """Last step of every constructor."""
+        if self.bucketing is not None:
+            self.buckets = [self._bucket(index, self.bucketing) for index in range(len(self))]
         if verify:
             for index in range(len(self)):
                 self._try(index)
@@ -139,47 +162,90 @@ class CaptionedImages(ABC):
         try:
             data, caption = self._read(index)
             try:
-                return load_image(data, self.resolution), caption
+                return load_image(data, self._size(index)), caption
             except _BROKEN as error:
-                raise _Unusable("image is broken or not JPEG, PNG or WebP") from error
+                raise _Unusable(_NO_PICTURE) from error
         except _Unusable as unusable:
-            self._unusable.add(index)
-            self._skip(str(unusable), self._name(index))
+            self._cannot(index, str(unusable))
             return None
 
-    def _pair(self, index: int) -> tuple[Image.Image, str, int]:
+    def _cannot(self, index: int, reason: str) -> None:
+        self._unusable.add(index)
+        self._skip(reason, self._name(index))
+
+    def _bucket(self, index: int, bucketing: Buckets) -> int:
+        try:
+            for most in (_HEAD, -1):  # a header may be longer than most are
+                data, _ = self._read(index, most)
+                with suppress(*_BROKEN):
+                    return bucketing.nearest(*image_size(data))
+            raise _Unusable(_NO_PICTURE)
+        except _Unusable as unusable:
+            self._cannot(index, str(unusable))
+            return NONE
+
+    def _size(self, index: int) -> Size:
+        return self.sizes[0] if self.bucketing is None else self.sizes[self.buckets[index]]
+
+    def _pair(self, index: int, bucket: int) -> tuple[Image.Image, str, int] | None:
+        """The pair or its stand-in: the next of the same bucket; None if all of that cannot be used."""
         count = len(self)
-        if not 0 <= index < count:
-            raise IndexError(f"index {index} is outside [0, {count})")
         for step in range(count):
             candidate = (index + step) % count
+            if self.bucketing is not None and self.buckets[candidate] != bucket:
+                continue
             known = candidate in self._unusable
             loaded = self._try(candidate)
             if loaded is not None:
                 return (*loaded, candidate)
             if not known:
                 log.warning("%s: skipped %s", self.source, self._name(candidate))
-        raise ValueError(f"{self.source}: no usable pair of image and caption\n{self.report()}")
+        return None
 
     def __getitem__(self, index: int) -> Sample:
-        """Image as float32 [3, R, R] in [-1, 1], caption, and the index of the pair that was really read."""
+        """Image as float32 [3, H, W] in [-1, 1], caption, and the index of the pair that was really read."""
         images, captions, used = self._stack([index])
         return {"image": images[0], "caption": captions[0], "index": used[0]}
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Pairs `indices` as images, float32 [B, 3, R, R] in [-1, 1], and captions."""
+        """Pairs `indices` as images, float32 [B, 3, H, W] in [-1, 1], and captions.
+
+        Raises:
+            ValueError: they are not of one bucket, or nothing can be used.
+        """
         return self._stack(indices)[:2]
 
-    def _stack(self, indices: Sequence[int]) -> tuple[Tensor, list[str], list[int]]:
-        import torch  # here, so that looking through a folder does not need it
+    def usable(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """As `batch`, but with nothing in the place of pairs that cannot be used, which are counted."""
+        found = [pair for pair in (self._try(index) for index in indices) if pair is not None]
+        size = self._size(indices[0]) if indices else self.sizes[0]
+        return _tensor([picture for picture, _ in found], size), [caption for _, caption in found]
 
-        pairs = [self._pair(int(index)) for index in indices]
-        pixels = np.empty((len(pairs), self.resolution, self.resolution, 3), np.uint8)
-        for row, (picture, _, _) in zip(pixels, pairs, strict=True):
-            row[:] = np.asarray(picture)
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        images = images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+    def _stack(self, indices: Sequence[int]) -> tuple[Tensor, list[str], list[int]]:
+        size, pairs = self._of_one_bucket(list(map(int, indices)))
+        images = _tensor([picture for picture, _, _ in pairs], size)
         return images, [caption for _, caption, _ in pairs], [used for _, _, used in pairs]
+
+    def _of_one_bucket(self, indices: Sequence[int]) -> tuple[Size, list[tuple[Image.Image, str, int]]]:
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f"index {index} is outside [0, {len(self)})")
+        asked = {0} if self.bucketing is None else {self.buckets[index] for index in indices}
+        if len(asked) > 1:
+            raise ValueError(f"indices: got pairs of {len(asked)} buckets; must be of one")
+        first = asked.pop() if asked else 0
+        # A bucket of which nothing can be used is stood in for by the next one, for all of the batch.
+        for turn in range(len(self.sizes)):
+            bucket = (first + turn) % len(self.sizes)
+            pairs = []
+            for index in indices:
+                pair = self._pair(index, bucket)
+                if pair is None:
+                    break
+                pairs.append(pair)
+            else:
+                return self.sizes[bucket], pairs
+        raise ValueError(f"{self.source}: no usable pair of image and caption\n{self.report()}")
 
     def captions(self) -> Iterator[str]:
         """Every caption that can be read; its image may still turn out broken."""
@@ -198,6 +264,17 @@ class CaptionedImages(ABC):
         return "\n".join(lines)
 
 
+def _tensor(pictures: Sequence[Image.Image], size: Size) -> Tensor:
+    """Pictures of `size` as float32 [B, 3, H, W] in [-1, 1]."""
+    import torch  # here, so that looking through a folder does not need it
+
+    pixels = np.empty((len(pictures), *size, 3), np.uint8)
+    for row, picture in zip(pixels, pictures, strict=True):
+        row[:] = np.asarray(picture)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
@@ -207,11 +284,14 @@ class ImageFolder(CaptionedImages):
     If `root` holds captions.jsonl or metadata.jsonl, their lines {"file_name": ..., "text": ...} name the pairs
     ("caption" does for "text"; a picture may have several lines). Otherwise cat.jpg has its caption in cat.txt beside
     it. Pairs are in the order of the lines, or sorted by path. Hidden files and folders are left alone.
+    With `bucketing`, pictures keep their aspect ratio (`snapgen.data.buckets`).
     Raises FileNotFoundError, NotADirectoryError, or ValueError where no pair can be used.
     """
 
-    def __init__(self, root: str | Path, resolution: int, *, verify: bool = False) -> None:
-        super().__init__(str(root), resolution)
+    def __init__(
+        self, root: str | Path, resolution: int, *, verify: bool = False, bucketing: Buckets | None = None
+    ) -> None:
+        super().__init__(str(root), resolution, bucketing)
         self.root = Path(root)
         if not self.root.exists():
             raise FileNotFoundError(f"image folder {self.source} does not exist")
@@ -275,14 +355,19 @@ class ImageFolder(CaptionedImages):
     def _name(self, index: int) -> str:
         return str(self._pairs[index][0])
 
-    def _read(self, index: int) -> tuple[bytes, str]:
+    def _read(self, index: int, most: int = -1) -> tuple[bytes, str]:
         image, caption = self._pairs[index]
         try:
             if isinstance(caption, Path):
                 caption = _text((self.root / caption).read_bytes())
-            return (self.root / image).read_bytes(), caption
+            return _beginning(self.root / image, most), caption
         except OSError as error:
             raise _Unusable(f"file cannot be read ({error.strerror})") from error
+
+
+def _beginning(path: Path, most: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(most)
 
 
 def _caption_of(entry: dict[str, object]) -> str:
@@ -313,13 +398,20 @@ class WebDatasetShards(CaptionedImages):
 
     `shards` is a tar file, a folder of them, a numeric brace pattern ("train-{0000..0123}.tar"), or a list of these.
     The image is .jpg, .jpeg, .png or .webp; the caption .txt, or "caption" or "text" of .json. Tars must be
-    uncompressed and local, since samples are read at random. Raises FileNotFoundError, or ValueError where no pair
-    can be used.
+    uncompressed and local, since samples are read at random (`snapgen.data.stream` reads others). With `bucketing`,
+    pictures keep their aspect ratio. Raises FileNotFoundError, or ValueError where no pair can be used.
     """
 
-    def __init__(self, shards: str | Path | Sequence[str | Path], resolution: int, *, verify: bool = False) -> None:
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        resolution: int,
+        *,
+        verify: bool = False,
+        bucketing: Buckets | None = None,
+    ) -> None:
         given = [shards] if isinstance(shards, str | Path) else list(shards)
-        super().__init__(", ".join(str(item) for item in given), resolution)
+        super().__init__(", ".join(str(item) for item in given), resolution, bucketing)
         self.shards = [path for item in given for path in _expand(item)]
         self._pairs: list[_Pair] = []
         for shard in self.shards:
@@ -363,14 +455,14 @@ class WebDatasetShards(CaptionedImages):
     def _name(self, index: int) -> str:
         return f"{self._pairs[index].shard.name}/{self._pairs[index].key}"
 
-    def _read(self, index: int) -> tuple[bytes, str]:
+    def _read(self, index: int, most: int = -1) -> tuple[bytes, str]:
         pair = self._pairs[index]
         parts = []
         try:
             with pair.shard.open("rb") as file:
-                for member in (pair.caption, pair.image):
+                for member, limit in ((pair.caption, -1), (pair.image, most)):
                     file.seek(member.offset)
-                    parts.append(file.read(member.size))
+                    parts.append(file.read(member.size if limit < 0 else min(limit, member.size)))
         except OSError as error:
             raise _Unusable(f"shard cannot be read ({error.strerror})") from error
         if not pair.is_json:
@@ -384,13 +476,20 @@ class WebDatasetShards(CaptionedImages):
         return parts[1], _caption_of(entry)
 
 
+def numbered(pattern: str) -> list[str]:
+    """All names of a numeric brace pattern: "a-{08..10}" is a-08, a-09, a-10."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not braces:
+        return [pattern]
+    first, last = braces.groups()
+    numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    return [name for n in numbers for name in numbered(pattern[: braces.start()] + n + pattern[braces.end() :])]
+
+
 def _expand(item: str | Path) -> list[Path]:
     text = str(item)
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}", text)
-    if braces:
-        first, last = braces.groups()
-        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-        return [path for n in numbers for path in _expand(text[: braces.start()] + n + text[braces.end() :])]
+    if numbered(text) != [text]:
+        return [path for name in numbered(text) for path in _expand(name)]
     path = Path(item)
     if path.is_dir():
         found = sorted(p for p in path.glob("*.tar") if not p.name.startswith("."))

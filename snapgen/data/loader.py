@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from snapgen import seeds
+from snapgen.data.buckets import BucketOrder, Buckets
 from snapgen.text import TextEmbedding
 
 
@@ -80,14 +81,31 @@ class _Places(Sampler[Any]):
     """For every forward pass from step `start` on, without end: places in the run, and the samples that stand there.
 
     Every epoch has an order of its own.
+
+    Args:
+        buckets: the bucket of every sample; a step's whole batch then comes from one (`data.buckets`).
     """
 
-    def __init__(self, length: int, share: Share, start: int, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self,
+        length: int,
+        share: Share,
+        start: int,
+        seed: int,
+        shuffle: bool,
+        buckets: Sequence[int] | None = None,
+    ) -> None:
         if length < 1:
             raise ValueError("data: the dataset is empty")
         self.length, self.share, self.start, self.seed, self.shuffle = length, share, start, seed, shuffle
+        self.order = None if buckets is None else BucketOrder(buckets, share.batch_size, seed)
 
     def __iter__(self) -> Iterator[tuple[range, list[int]]]:
+        if self.order is not None:
+            for step in count(self.start):
+                _, chosen = self.order(step)
+                for positions in self.share.positions(step):
+                    yield positions, [chosen[place % self.share.batch_size] for place in positions]
         step, epoch, order = self.start, -1, torch.empty(0)
         while True:
             for positions in self.share.positions(step):
@@ -124,40 +142,62 @@ def _collated(items: Sequence[Any], positions: Sequence[int]) -> Batch:
     return Batch(images=images, captions=captions, positions=positions)
 
 
-def open_dataset(source: str, resolution: int, *, seed: int = 0) -> Any:
+def open_dataset(source: str, resolution: int, *, seed: int = 0, bucketing: Buckets | None = None) -> Any:
     """The dataset that `source` names.
 
     Args:
-        source: "shapes" for the procedural world; a folder of pictures with captions; or one or more WebDataset shards
-            (a .tar file, or a pattern such as "data/{000..127}.tar").
+        source: "shapes" for the procedural world; "digits" for scikit-learn's; "imagenet:PATH" for a folder of class
+            folders; a folder of pictures with captions; one or more WebDataset shards (a .tar file, or a pattern such
+            as "data/{000..127}.tar"); or shards to be streamed: a URL, "pipe:" and a command, or "stream:" and shards.
+        bucketing: keep the pictures' aspect ratios, each in its bucket; by default their central squares are taken.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or its pictures are all square and `bucketing` has no use.
     """
+    from snapgen.data.digits import ClassFolders, DigitsDataset
     from snapgen.data.folder import ImageFolder, WebDatasetShards
     from snapgen.data.shapes import ShapesDataset
+    from snapgen.data.stream import WebDatasetStream
 
+    if bucketing is not None and source in ("shapes", "digits"):
+        raise ValueError(f"data: the pictures of {source!r} are all square; buckets have no use")
     if source == "shapes":
         return ShapesDataset(resolution, seed=seed, length=1 << 40)
+    if source == "digits":
+        return DigitsDataset(resolution)
+    if source.startswith("imagenet:"):
+        return ClassFolders(source.removeprefix("imagenet:"), resolution, bucketing=bucketing)
+    if source.startswith(("stream:", "pipe:")) or "://" in source:
+        if bucketing is not None:
+            raise ValueError(f"data: got {source!r}; streamed shards have no buckets, which need every picture's size")
+        return WebDatasetStream(source.removeprefix("stream:"), resolution)
     folder = Path(source)
     if source.endswith(".tar") or (folder.is_dir() and any(folder.glob("*.tar"))):
-        return WebDatasetShards(source, resolution)
+        return WebDatasetShards(source, resolution, bucketing=bucketing)
     if folder.is_dir():
-        return ImageFolder(source, resolution)
-    raise ValueError(f"data: got {source!r}; must be 'shapes', a folder, or WebDataset shards ending in .tar")
+        return ImageFolder(source, resolution, bucketing=bucketing)
+    raise ValueError(
+        f"data: got {source!r}; must be 'shapes', 'digits', 'imagenet:FOLDER', a folder, WebDataset shards ending "
+        f"in .tar, or a URL of some"
+    )
 
 
 def batches(data: Any, share: Share, *, start: int, seed: int, workers: int = 0) -> Iterator[Batch]:
     """An endless stream of batches, beginning with the first forward pass of step `start`.
 
     Args:
-        data: map-style with `__len__`, and `__getitem__` giving {"image", "caption"}, or `batch(indices)` giving a
+        data: map-style with `__len__`, and `__getitem__` giving {"image", "caption"} or `batch(indices)` giving a
             `Batch` or pictures and captions; a procedural one says `procedural = True` and is read in order, being
-            random already. Or iterable, giving such items; then what comes before `start` is read and passed over.
+            random already; one with `buckets`, the bucket of every sample, has each step's batch from one of them.
+            Or with `stream(share, start=, seed=, workers=)`, which gives the batches themselves. Or iterable, giving
+            such items; then what comes before `start` is read and passed over.
         share: this process's part of every step.
     """
-    if hasattr(data, "__getitem__"):
-        places = _Places(len(data), share, start, seed, shuffle=not getattr(data, "procedural", False))
+    if hasattr(data, "stream"):
+        yield from data.stream(share, start=start, seed=seed, workers=workers)
+    elif hasattr(data, "batch") or hasattr(data, "__getitem__"):
+        shuffle = not getattr(data, "procedural", False)
+        places = _Places(len(data), share, start, seed, shuffle, getattr(data, "buckets", None))
         yield from DataLoader(_Batched(data), batch_size=None, sampler=places, num_workers=workers)
     else:
         yield from _from_stream(data, share, start)
