@@ -14,7 +14,7 @@ from rich.markup import escape
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from snapgen.export.options import COREAI_DEFAULTS, DEFAULTS, CoreAIOptions, Options
-from snapgen.train import TrainConfig
+from snapgen.settings import Source, TrainConfig
 
 console = Console()
 ABOUT = "SnapGen: text to pictures, small enough for a phone."
@@ -90,23 +90,28 @@ def generate(
 def train(
     *,
     out: Annotated[Path, arg(aliases=["-o"])],
-    preset: str = "tiny",
-    data: str = "shapes",
-    autoencoder: str = "tiny",
+    source: OmitArgPrefixes[Source] = Source(),  # noqa: B008 - frozen
     config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008 - frozen
+    dry_run: bool = False,
 ) -> None:
-    """Train a denoiser, and with it the tiny text encoder. Run the same command again to resume.
+    """Train a denoiser, and with `tiny` its text encoder. Run the same command again to resume.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m snapgen train ...
 
     Args:
         out: The run's folder: checkpoints, sample grids, TensorBoard, and at the end export/ for `snapgen generate`.
-        preset: Which model (`snapgen info` lists them).
-        data: "shapes", a folder of pictures and captions, or WebDataset shards (.tar).
-        autoencoder: Whose latents: a shipped checkpoint's name, or the export/ folder of `snapgen train-autoencoder`.
+        source: What to train, and on what.
         config: How to train.
+        dry_run: Only say what would be done, with parameters and an estimate of memory.
     """
+    if dry_run:
+        from snapgen.plan import print_plan
+
+        print_plan(source, config, console)
+        return
     from snapgen.runs import train_denoiser
 
-    exported = train_denoiser(preset, data, autoencoder, config, out, console)
+    exported = train_denoiser(source, config, out, console)
     console.print(f'trained; draw with: snapgen generate "a red circle" --checkpoint {exported}')
 
 

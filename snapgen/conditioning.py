@@ -175,9 +175,7 @@ class FrozenText:
     ) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.encoders = encoders
-        configs: list[Any] = [encoder.config for _, encoder in encoders.clips]
-        widths = tuple((config.hidden_size, config.projection_dim) for config in configs)
-        self.layout = Layout(widths, encoders.tokens is not None)
+        self.layout = Layout(tuple((a, b) for a, b in encoders.clip_widths), encoders.tokens is not None)
         self.caption_dropout = _share("caption_dropout", caption_dropout)
         self.encoder_dropout = _share("encoder_dropout", encoder_dropout)
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
-Kind = Literal["ddp", "fsdp"]
+from snapgen.settings import Kind
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,18 @@ class Processes:
         return held[0]
 
 
+def own_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
 @contextmanager
 def processes(kind: Kind = "ddp") -> Iterator[Processes]:
     """Join those that torchrun started, or be alone."""
     if kind not in ("ddp", "fsdp"):
         raise ValueError(f"parallel: got {kind!r}; allowed are ddp and fsdp")
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    world, device = int(os.environ.get("WORLD_SIZE", "1")), own_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,43 +11,147 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from snapgen import io
-from snapgen.conditioning import JointText
+from snapgen import flow, io, parallel
+from snapgen.conditioning import CachedText, Conditioning, FrozenText, JointText, Layout
 from snapgen.config import SHIPPED, Preset, get_preset
+from snapgen.data import embed
+from snapgen.data.buckets import Buckets
+from snapgen.data.cache import CachedDataset
 from snapgen.data.digits import DigitsDataset
 from snapgen.data.loader import open_dataset
 from snapgen.data.shapes import VOCABULARY, ShapesDataset, eval_captions
-from snapgen.tasks import AutoencoderTask, DenoiserTask, build_autoencoder, build_denoiser
-from snapgen.train import TrainConfig, train
+from snapgen.decoder import TinyDecoder
+from snapgen.settings import Source, TrainConfig
+from snapgen.tasks import AutoencoderTask, DenoiserTask, Objective, build_autoencoder, build_denoiser
+from snapgen.train import train
+from snapgen.unet import SnapGenUNet
 
 
-def train_denoiser(preset: str, data: str, autoencoder: str, config: TrainConfig, out: Path, console: Console) -> Path:
-    """Train a preset's denoiser and text encoder; returns the exported pipeline's folder.
+def train_denoiser(source: Source, config: TrainConfig, out: Path, console: Console) -> Path:
+    """Train a denoiser by flow matching; returns the folder of what was exported.
 
     Raises:
-        ValueError: the preset has no text encoder of its own to train, or an argument names nothing.
+        ValueError: an argument names nothing, or does not fit the preset.
+        io.CheckpointError: weights are damaged or another model's.
     """
-    spec = get_preset(preset)
-    if spec.encoder is None:
-        raise ValueError(
-            f"preset: {preset} is trained on the latents and embeddings of frozen public models, which this command "
-            f"does not load; it trains 'tiny'"
-        )
-    encoder, decoder = load_autoencoder(spec, autoencoder)
-    dataset = open_dataset(data, spec.resolution, seed=config.seed)
-    torch.manual_seed(config.seed)
-    denoiser, text_encoder, tokenizer = build_denoiser(spec, vocabulary(dataset))
-    task = DenoiserTask(
-        spec,
-        denoiser=_place(denoiser),
-        text=JointText(tokenizer, _place(text_encoder)),
-        encoder=_place(encoder),
-        decoder=_place(decoder),
-        prompts=prompts(dataset),
-    )
+    task, dataset = denoiser_task(source, config.seed)
     exported = train(task, dataset, config, out, console=console)
     _report(dataset, console)
     return exported
+
+
+def denoiser_task(source: Source, seed: int, objective: Objective | None = None) -> tuple[DenoiserTask, Any]:
+    """The task that `source` describes, with fresh weights or those of `init`, and its dataset."""
+    spec = get_preset(source.preset)
+    resolution = source.resolution or spec.resolution
+    unit = upscale(spec) << (len(spec.denoiser["channels"]) - 1)
+    if resolution < unit or resolution % unit:
+        raise ValueError(f"resolution: got {resolution}; must be a multiple of {unit} for preset {spec.name}")
+    dataset = _dataset(source, resolution, unit, seed)
+    cached = isinstance(dataset, CachedDataset)
+    torch.manual_seed(seed)
+    own = spec.encoder is not None
+    denoiser: nn.Module
+    encoder: nn.Module | None
+    decoder: nn.Module | None
+    if own:
+        denoiser, text_encoder, tokenizer = build_denoiser(spec, vocabulary(dataset))
+        text: Conditioning = JointText(tokenizer, place(text_encoder), caption_dropout=source.caption_dropout)
+        encoder, decoder = load_autoencoder(spec, source.autoencoder or spec.name)
+    else:
+        denoiser = SnapGenUNet(**spec.denoiser)
+        text = _frozen_text(source, spec, dataset)
+        encoder = None if cached else _public_encoder(source, spec)
+        decoder = None if source.decoder is None else load_decoder(spec, source.decoder)
+    task = DenoiserTask(
+        spec,
+        denoiser=place(denoiser),
+        text=text,
+        encoder=encoder and place(encoder),
+        decoder=decoder and place(decoder),
+        objective=objective,
+        prompts=prompts(dataset) if own else tuple(islice(dataset.captions(), 8)),
+        shift=flow.resolution_shift(spec.shift, resolution**2, spec.resolution**2),
+    )
+    if source.init is not None:
+        for name in task.student:
+            load_part(task.modules[name], source.init / name)
+    return task, dataset
+
+
+def upscale(preset: Preset) -> int:
+    """Pixels on a side of a latent cell."""
+    return 1 << (len(preset.decoder["channels"]) - 1)
+
+
+def load_part(module: nn.Module, folder: Path) -> None:
+    """Read a module's weights from a folder that diffusers or transformers saved.
+
+    Raises:
+        io.CheckpointError: there are none, or they are another model's.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise io.CheckpointError(f"{folder}: holds no safetensors")
+    tensors = {name: value for file in files for name, value in io.load_tensors(file).items()}
+    io.load_strictly(module, tensors, folder, f"a {type(module).__name__} as it is trained here")
+
+
+def load_decoder(preset: Preset, folder: Path) -> nn.Module:
+    """A trained decoder of a preset, from its folder or a pipeline's."""
+    home = folder / "decoder" if (folder / "decoder").is_dir() else folder
+    decoder = TinyDecoder(**preset.decoder)
+    load_part(decoder, home)
+    return decoder
+
+
+def _dataset(source: Source, resolution: int, unit: int, seed: int) -> Any:
+    if source.data.startswith("cache:"):
+        return CachedDataset(source.data.removeprefix("cache:"))
+    bucketing = Buckets(resolution=resolution, unit=unit) if source.buckets else None
+    return open_dataset(source.data, resolution, seed=seed, bucketing=bucketing)
+
+
+def _frozen_text(source: Source, spec: Preset, dataset: Any) -> Conditioning:
+    dropout = dict(caption_dropout=source.caption_dropout, encoder_dropout=source.encoder_dropout)
+    if isinstance(dataset, CachedDataset) and dataset.empty is not None:
+        width = dataset.empty.context.shape[-1]
+        if width != spec.denoiser["context_dim"]:
+            raise ValueError(
+                f"data: the cache's captions are {width} wide; preset {spec.name} takes {spec.denoiser['context_dim']}"
+            )
+        record = dataset.index["text"]
+        layout = Layout(tuple((a, b) for a, b in record["clips"]), "tokens" in record["parts"])
+        return CachedText(dataset.empty, layout=layout, **dropout)
+    if source.clip_l is None and source.clip_g is None and source.gemma is None:
+        raise ValueError(
+            f"preset: {spec.name} reads frozen text encoders; name --clip-l, --clip-g and --gemma (any of them), or a "
+            f"cache of their outputs as --data cache:FOLDER"
+        )
+    encoders = embed.load_text(
+        clip_l=source.clip_l,
+        clip_g=source.clip_g,
+        gemma=source.gemma,
+        context_dim=spec.denoiser["context_dim"],
+        device=parallel.own_device(),
+    )
+    return FrozenText(encoders, **dropout)
+
+
+def _public_encoder(source: Source, spec: Preset) -> Any:
+    if source.autoencoder is None:
+        raise ValueError(
+            f"preset: {spec.name} draws in the latents of a public autoencoder; name its folder as --autoencoder, or a "
+            f"cache of latents as --data cache:FOLDER"
+        )
+    encoder = embed.load_encoder(source.autoencoder)
+    wanted = (spec.decoder.get("scaling_factor", 1.0), spec.decoder.get("shift_factor", 0.0))
+    if (encoder.scale, encoder.shift) != wanted:
+        raise ValueError(
+            f"autoencoder: its scale and shift are {encoder.scale}, {encoder.shift}; preset {spec.name} has "
+            f"{wanted[0]}, {wanted[1]}"
+        )
+    return encoder.module
 
 
 def train_autoencoder(preset: str, data: str, config: TrainConfig, out: Path, console: Console) -> Path:
@@ -56,7 +161,8 @@ def train_autoencoder(preset: str, data: str, config: TrainConfig, out: Path, co
     torch.manual_seed(config.seed)
     encoder, decoder = build_autoencoder(spec)
     pictures, _ = _shown(dataset, spec.resolution).batch(range(8))
-    task = AutoencoderTask(spec, encoder=_place(encoder), decoder=_place(decoder), pictures=pictures.to(_device()))
+    pictures = pictures.to(parallel.own_device())
+    task = AutoencoderTask(spec, encoder=place(encoder), decoder=place(decoder), pictures=pictures)
     exported = train(task, dataset, config, out, console=console)
     _report(dataset, console)
     return exported
@@ -98,12 +204,10 @@ def _shown(dataset: Any, resolution: int) -> Any:
     return ShapesDataset(resolution, split="test")
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _place(module: nn.Module) -> nn.Module:
-    return module.to(device=_device()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def place(module: nn.Module) -> nn.Module:
+    """The module on this process's device, with images in channels_last."""
+    device = parallel.own_device()
+    return module.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _report(dataset: Any, console: Console) -> None:

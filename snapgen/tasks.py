@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from snapgen import flow
 from snapgen.conditioning import Conditioning
 from snapgen.config import Preset
+from snapgen.data.embed import raw_latents
 from snapgen.data.loader import Batch
 from snapgen.seeds import Draws
 from snapgen.text import TextEmbedding, build_tiny_text
@@ -124,8 +126,8 @@ class DenoiserTask:
 
     Args:
         text: what embeds captions.
-        encoder: pictures to latents, frozen; None where the data are latents.
-        decoder: latents to pictures, frozen; its configuration scales the latents.
+        encoder: pictures to unscaled latents, frozen (`data.embed.raw_latents`); None where the data are latents.
+        decoder: latents to pictures, frozen; without one no sample grids are drawn, and the export is no pipeline.
         objective: the loss; flow matching unless given.
         prompts: for the sample grid.
         shift: of the timesteps; the preset's unless given.
@@ -140,7 +142,7 @@ class DenoiserTask:
         denoiser: nn.Module,
         text: Conditioning,
         encoder: nn.Module | None,
-        decoder: Any,
+        decoder: Any | None,
         objective: Objective | None = None,
         prompts: Sequence[str] = (),
         shift: float | None = None,
@@ -151,9 +153,18 @@ class DenoiserTask:
         self.modules: dict[str, Any] = {"denoiser": denoiser, **text.modules, **self.objective.modules}
         self.call: dict[str, Any] = dict(self.modules)
         self.encoder = encoder and encoder.requires_grad_(False).eval()
-        self.decoder = decoder.requires_grad_(False).eval()
+        self.decoder = decoder and decoder.requires_grad_(False).eval()
+        self.scale = preset.decoder.get("scaling_factor", 1.0)
+        self.offset = preset.decoder.get("shift_factor", 0.0)
         self.prompts = tuple(prompts)
         self.shift = preset.shift if shift is None else shift
+
+    @cached_property
+    def flops(self) -> float:
+        """Operations of the denoiser's forward and backward pass for a sample at the preset's resolution."""
+        from snapgen.info import denoiser_counts
+
+        return 3 * 2 * denoiser_counts(self.preset.denoiser)[""].macs
 
     @property
     def student(self) -> tuple[str, ...]:
@@ -177,8 +188,7 @@ class DenoiserTask:
             return batch.latents.float()
         if self.encoder is None or batch.images is None:
             raise ValueError("data: has neither latents nor pictures that an encoder could read")
-        config = self.decoder.config
-        return (self.encoder(batch.images).float() - config.shift_factor) * config.scaling_factor
+        return (raw_latents(self.encoder, batch.images) - self.offset) * self.scale
 
     def noised(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Noised:
         """The batch at times `t` [B], logit-normal ones unless given."""
@@ -216,6 +226,8 @@ class DenoiserTask:
     def sample_grid(self, path: Path, seed: int) -> None:
         from snapgen.pictures import save_grid
 
+        if self.decoder is None or not self.prompts:
+            return
         pipe = self.pipeline(self.modules)
         pipe.set_progress_bar_config(disable=True)
         pictures = pipe(
@@ -224,7 +236,11 @@ class DenoiserTask:
         save_grid(pictures, path, captions=self.prompts)
 
     def export(self, path: Path, modules: Mapping[str, nn.Module]) -> None:
-        self.pipeline(modules).save_pretrained(path)
+        if self.decoder is not None:
+            self.pipeline(modules).save_pretrained(path)
+            return
+        for name in self.student:
+            modules[name].save_pretrained(path / name)  # type: ignore[operator]
 
 
 class AutoencoderTask:

@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,96 +25,21 @@ from snapgen.data.loader import Batch, Share, batches
 from snapgen.logs import Journal, peak_memory, peak_rate, progress
 from snapgen.parallel import Processes
 from snapgen.seeds import Draws
+from snapgen.settings import TrainConfig
 from snapgen.state import RUNNING, SKIPPED, TrainState, checkpoints, freed
 from snapgen.tasks import Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train. What decides the weights is saved with the run and may not differ when it is resumed."""
-
-    steps: int = 10_000
-    """Optimizer steps in all."""
-    batch_size: int = 64
-    """Samples of an optimizer step, over all processes and passes."""
-    micro_batch: int | None = None
-    """Samples of one forward pass of one process; by default its whole share of the batch."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    warmup: int = 200
-    """Steps of linear warm-up."""
-    cooldown: float = 0.25
-    """Share of all steps, at the end, over which the learning rate falls linearly to zero."""
-    weight_decay: float = 0.01
-    """AdamW's decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's moments."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient."""
-    spike: float = 10.0
-    """Skip a step whose gradient's norm exceeds this many times its running average, or is not finite; 0: the latter
-    alone."""
-    patience: int = 20
-    """Skipped steps in a row after which the run stops."""
-    ema: float = 0.999
-    """Decay of the averaged weights, which are what is exported."""
-    dtype: str = "fp32"
-    """Arithmetic: fp32, or bf16 (autocast; weights and optimizer stay fp32)."""
-    seed: int = 0
-    """Decides data order, noise and initial weights."""
-    save_every: int = 500
-    """Steps between checkpoints."""
-    sample_every: int = 1000
-    """Steps between sample grids."""
-    log_every: int = 20
-    """Steps between figures in the progress line, TensorBoard and Weights & Biases."""
-    keep: int = 2
-    """Checkpoints to keep."""
-    workers: int = 0
-    """Processes that read data; 0 reads in this one."""
-    compile: bool = False
-    """torch.compile the trained modules."""
-    recompute: bool = False
-    """Keep little for the backward pass and compute it again: less memory, about a third more time."""
-    recompute_keeps: tuple[str, ...] = ()
-    """With recompute: operators whose results are kept nevertheless ("snapgen::attention", "aten::mm", ...)."""
-    parallel: parallel.Kind = "ddp"
-    """Under torchrun: whole weights on every process (ddp), or dealt out (fsdp)."""
-    wandb: str | None = None
-    """Also report to this Weights & Biases project."""
-    export_dtype: str = "fp32"
-    """What the exported weights are stored in: fp32, or fp16 at half the size. They load as fp32 either way."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "sample_every", "log_every", "keep", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; must be at least 1")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch: got {self.micro_batch}; must be at least 1")
-        if self.dtype not in ("fp32", "bf16"):
-            raise ValueError(f"dtype: got {self.dtype!r}; allowed are fp32 and bf16")
-        if self.export_dtype not in ("fp32", "fp16"):
-            raise ValueError(f"export_dtype: got {self.export_dtype!r}; allowed are fp32 and fp16")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"cooldown: got {self.cooldown}; must lie in [0, 1]")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: got {self.ema}; must lie in [0, 1)")
-        if self.spike < 0 or 0 < self.spike <= 1:
-            raise ValueError(f"spike: got {self.spike}; must be 0 or more than 1")
-        if self.recompute_keeps and not self.recompute:
-            raise ValueError("recompute_keeps: has no effect without recompute")
-
-    def share(self, group: Processes) -> Share:
-        """What one process reads of every step."""
-        micro = self.micro_batch or max(1, self.batch_size // group.world)
-        return Share(self.batch_size, micro, group.rank, group.world)
-
 
 # These may change between a run and its resumption: they leave the weights as they are, but for the order of sums.
 _FREE = {
     "micro_batch", "patience", "save_every", "sample_every", "log_every", "keep", "workers", "compile", "recompute",
     "recompute_keeps", "parallel", "wandb", "export_dtype",
 }  # fmt: skip
+
+
+def share_of(config: TrainConfig, group: Processes) -> Share:
+    """What one process reads of every step."""
+    micro = config.micro_batch or max(1, config.batch_size // group.world)
+    return Share(config.batch_size, micro, group.rank, group.world)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -155,7 +79,7 @@ class _Run:
     ) -> None:
         self.task, self.data, self.config, self.out, self.group = task, data, config, out, group
         self.console = console if group.first else None
-        self.share = config.share(group)  # before anything is written
+        self.share = share_of(config, group)  # before anything is written
         if group.first:
             _claim(out, task, config)
             freed(out)
@@ -172,7 +96,7 @@ class _Run:
             self.console.print(f"resuming {out} at step {state.step} of {config.steps}")
         for module in self.task.modules.values():
             module.train()
-            _recompute(module, config)
+            recompute(module, config)
             if config.compile:
                 module.compile()
         with _interrupts() as interrupted, progress(self.console, config.steps, state.step) as show:
@@ -357,7 +281,7 @@ class _Meter:
             )
 
 
-def _recompute(module: nn.Module, config: TrainConfig) -> None:
+def recompute(module: nn.Module, config: TrainConfig) -> None:
     """Activation checkpointing of a diffusers model, as the configuration has it."""
     if not config.recompute or not getattr(module, "_supports_gradient_checkpointing", False):
         return

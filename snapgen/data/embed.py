@@ -39,18 +39,19 @@ class LatentEncoder:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] to scaled latents [B, C, h, w], fp32 on the CPU."""
-        place = next(self.module.parameters())
-        images = images.to(place.device, place.dtype)
-        if hasattr(self.module, "encode"):
-            latents = self.module.encode(images).latent_dist.mode()
-        else:
-            latents = self.module(images)
-        return ((latents.float() - self.shift) * self.scale).cpu()
+        return ((raw_latents(self.module, images) - self.shift) * self.scale).cpu()
 
     def record(self) -> dict[str, Any]:
         """What it is, for JSON."""
         own = {"kind": type(self.module).__name__, "scale": self.scale, "shift": self.shift}
         return {**own, "dtype": str(self.module.dtype), "weights": fingerprint([self.module])}
+
+
+def raw_latents(module: Any, images: Tensor) -> Tensor:
+    """Unscaled latents [B, C, h, w], fp32, of pictures [B, 3, H, W] in [-1, 1], by an encoder as of `LatentEncoder`."""
+    place = next(module.parameters())
+    images = images.to(place.device, place.dtype)
+    return (module.encode(images).latent_dist.mode() if hasattr(module, "encode") else module(images)).float()
 
 
 def load_encoder(source: str | Path, *, device: torch.device | str = "cpu", dtype: str = "fp32") -> LatentEncoder:
@@ -130,6 +131,12 @@ class FrozenText:
     def modules(self) -> list[nn.Module]:
         return [encoder for _, encoder in (*self.clips, *([self.tokens] if self.tokens else []))]
 
+    @property
+    def clip_widths(self) -> list[list[int]]:
+        """Widths of each CLIP's states and of its pooled projection."""
+        configs = [_config(encoder) for _, encoder in self.clips]
+        return [[config.hidden_size, config.projection_dim] for config in configs]
+
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> TextEmbedding:
         """Embeddings of captions, on the CPU: context [B, L, context_dim], mask [B, L], pooled [B, pooled_dim], in the
@@ -161,6 +168,7 @@ class FrozenText:
         """What they are, for JSON."""
         return {
             "kinds": [type(module).__name__ for module in self.modules],
+            "clips": self.clip_widths,
             "dtype": str(next(self.modules[0].parameters()).dtype),
             "weights": fingerprint(self.modules),
             "parts": self.parts(),

@@ -1,0 +1,5 @@
+"""`python -m snapgen`, for launchers such as torchrun."""
+
+from snapgen.cli import main
+
+main()
