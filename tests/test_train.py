@@ -1,7 +1,9 @@
 """The loop: resumed runs are bitwise those left alone, and nothing that goes wrong loses more than a step."""
 
 import errno
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -368,3 +370,31 @@ def test_a_damaged_state_or_record_is_named(tmp_path, damaged):
     (tmp_path / "config.json").write_text(damaged)
     with pytest.raises(ValueError, match=r"config\.json: damaged|holds another run"):
         train(autoencoder_task(), data(), config(), tmp_path, console=QUIET)
+
+
+def _saving_every_step(out: str) -> Path:
+    torch.set_num_threads(1)
+    plan = config(steps=300, save_every=1, log_every=50, keep=3, ema=0.9)
+    return train(Regression(), data(), plan, Path(out), console=QUIET)
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(tmp_path):
+    # Processes are forked from one that has loaded everything, and killed after a while that is drawn.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo", "torch.utils.tensorboard"])
+    killed, draw, reached = str(tmp_path / "killed"), random.Random(0), []
+    for _ in range(20):
+        process = context.Process(target=_saving_every_step, args=(killed,))
+        process.start()
+        process.join(draw.uniform(0.2, 1.2))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)  # 0: it had come to its end
+        reached += [int(path.name.split("-")[1]) for path in sorted(Path(killed).glob("checkpoints/step-*"))[-1:]]
+    assert len(set(reached)) > 3, f"too few kills came after a checkpoint: {reached}"
+    assert reached == sorted(reached)  # nothing that was saved is lost
+    _saving_every_step(killed)
+    _saving_every_step(str(tmp_path / "alone"))
+    one, other = weights(tmp_path / "alone"), weights(tmp_path / "killed")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert not list(Path(killed).glob("checkpoints/.*"))
