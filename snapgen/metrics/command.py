@@ -107,6 +107,7 @@ def main_fid(
     network: Path,
     checkpoint: str | None = None,
     captions: Path | None = None,
+    keep: Path | None = None,
     config: DrawConfig = ONE,
     out: Path | None = None,
     console: Console | None = None,
@@ -115,11 +116,11 @@ def main_fid(
 
     Args:
         pictures: Folder of pictures; with `checkpoint`, they are drawn into it first.
-        reference: Folder of real pictures, or a .safetensors file that keeps their statistics: if it is not there yet,
-            name a folder and copy its statistics.safetensors.
+        reference: Folder of real pictures, or what `keep` kept of one.
         network: Safetensors file of Inception-v3's weights, or folder of a transformers vision model.
         checkpoint: Draw with this one: a folder, or the name of a shipped one.
         captions: Text file with one caption a line, to draw with.
+        keep: Keep the statistics of the real pictures here (.safetensors).
         config: How to draw.
         out: Also write the score here as JSON.
     """
@@ -137,7 +138,8 @@ def main_fid(
         real = Statistics.load(reference, features.name)
     else:
         real = statistics(features(batch) for batch in track(list_batches(reference, skipped), "real", console=console))
-        real.save(reference / "statistics.safetensors", features.name)
+    if keep is not None:
+        real.save(keep, features.name)
     if checkpoint is not None and captions is not None:
         _draw_captions(checkpoint, read_captions(captions), pictures, config, console)
     drawn = statistics(features(batch) for batch in track(list_batches(pictures, skipped), "drawn", console=console))
