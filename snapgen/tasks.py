@@ -209,12 +209,12 @@ class DenoiserTask:
             x_t, t * flow.TIMESTEP_SCALE, text.context, text.mask, text.pooled, return_dict=False
         )[0]
 
-    def pipeline(self, modules: Mapping[str, nn.Module]) -> Any:
-        """The modules as a pipeline, sharing their weights."""
+    def pipeline(self, modules: Mapping[str, nn.Module] | None = None) -> Any:
+        """The task's modules, or others in their place, as a pipeline that shares their weights."""
         from snapgen.pipeline import SnapGenPipeline
         from snapgen.sampler import make_scheduler
 
-        parts: dict[str, Any] = {name: modules[name] for name in self.student}
+        parts: dict[str, Any] = {name: (modules or self.modules)[name] for name in self.student}
         return SnapGenPipeline(
             decoder=self.decoder,
             encoder=self.encoder,
@@ -228,7 +228,7 @@ class DenoiserTask:
 
         if self.decoder is None or not self.prompts:
             return
-        pipe = self.pipeline(self.modules)
+        pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         pictures = pipe(
             list(self.prompts), num_inference_steps=28, generator=torch.Generator().manual_seed(seed)

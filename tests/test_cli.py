@@ -15,7 +15,7 @@ from snapgen import cli
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    denoiser_task().export(folder)
+    denoiser_task().pipeline().save_pretrained(folder)
     return str(folder)
 
 
@@ -66,7 +66,7 @@ def test_generate_says_which_words_it_never_saw(capsys, checkpoint, tmp_path):
         (("generate", "a circle", "--height", "33"), "error: height: got 33"),
         (
             ("info", "--preset", "huge"),
-            "error: preset: unknown name 'huge'; choose one of imagenet-256, t2i-1024, tiny",
+            "error: preset: unknown name 'huge'; choose one of digits, imagenet-256, t2i-1024, tiny",
         ),
         (("eval", "CHECKPOINT", "--per-skill", "0"), "error: per_skill: got 0"),
     ],
@@ -93,7 +93,7 @@ def test_wrong_checkpoints_are_named(capsys, tmp_path):
     code, text = run(capsys, "train", "-o", str(tmp_path / "run"), "--autoencoder", str(tmp_path / "absent"))
     assert code == 2 and "no such file" in text
     code, text = run(capsys, "train", "-o", str(tmp_path / "run"), "--preset", "t2i-1024")
-    assert code == 2 and "it trains 'tiny'" in text
+    assert code == 2 and "name --clip-l, --clip-g and --gemma" in text
     code, text = run(capsys, "train-autoencoder", "-o", str(tmp_path / "run"), "--data", "nowhere")
     assert code == 2 and "data: got 'nowhere'" in text
 

@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     task = denoiser_task()
     for module in (*task.modules.values(), task.encoder, task.decoder):
         module.eval()
-    task.export(folder)
+    task.pipeline().save_pretrained(folder)
     return folder
 
 
