@@ -21,7 +21,7 @@ from snapgen import io
 from snapgen.data.cache import CacheConfig, CachedDataset, checksum, write_cache
 from snapgen.data.embed import FrozenText, LatentEncoder, fingerprint, load_encoder, load_text
 from snapgen.data.folder import ImageFolder
-from snapgen.data.loader import Share, batches
+from snapgen.data.loader import Share, batches, open_dataset
 from snapgen.text import TextEmbedding
 
 BROKEN = "image is broken or not JPEG, PNG or WebP"
@@ -392,3 +392,24 @@ def test_shards_hold_what_their_documentation_says(cache: Path) -> None:
     assert note == {"bucket": 1, "samples": 3, "sha256": checksum(cache / "shard-00000.safetensors"), "skipped": {}}
     assert io.read_json(cache / "shard-00001.json")["skipped"] == {BROKEN: 1}
     assert [entry["samples"] for entry in io.read_json(cache / "index.json")["shards"]] == [3, 2, 3, 3, 3, 1]
+
+
+def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `snapgen cache ...` reads it; and a cache is a dataset of `--data`."""
+    import tyro
+
+    from snapgen.data.buckets import Buckets
+    from snapgen.data.command import main_cache
+
+    words = [pictures, "-o", tmp_path / "c", "--resolution", 64, "--buckets", "--unit", 16, "--autoencoder", "tiny"]
+    assert tyro.cli(main_cache, args=[str(word) for word in (*words, "--shard-size", 4, "--dtype", "fp32")])
+    assert "15 samples in use, 2 skipped when it was made" in " ".join(capsys.readouterr().out.split())
+    data = open_dataset(str(tmp_path / "c"), 64)
+    assert isinstance(data, CachedDataset) and data.batch([0]).latents.shape == (1, 8, 8, 8)
+    assert data.batch([14]).latents.shape == (1, 8, 6, 10)
+    with pytest.raises(ValueError, match="was made at 64, not 32"):
+        open_dataset(str(tmp_path / "c"), 32)
+    with pytest.raises(ValueError, match="has buckets of its own"):
+        open_dataset(str(tmp_path / "c"), 64, bucketing=Buckets(resolution=64, unit=8))
+    with pytest.raises(ValueError, match="which is endless"):
+        main_cache("shapes", out=tmp_path / "s")

@@ -638,3 +638,33 @@ def test_pictures_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no space"):
         benchmarks.save(Failing(), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `snapgen eval ...` reads it."""
+    import tyro
+
+    def run(*words: Any) -> Any:
+        return tyro.extras.subcommand_cli_from_dict(command.EVALS, args=list(map(str, words)))
+
+    found = run("decoder", "tiny", "--data", "shapes", "--count", 2, "--out", tmp_path / "d.json")
+    assert json.loads((tmp_path / "d.json").read_text()) == found and "PSNR" in capsys.readouterr().out
+    lines(tmp_path / "m.jsonl", [RED_BENCH])
+    run(
+        "geneval",
+        checkpoint,
+        "--prompts",
+        tmp_path / "m.jsonl",
+        "--out",
+        tmp_path / "g",
+        "--steps",
+        1,
+        "--per-prompt",
+        1,
+    )
+    assert (tmp_path / "g/00000/samples/00000.png").is_file()
+    for name in command.EVALS:
+        with pytest.raises(SystemExit):
+            run(name, "--help")
+        text = capsys.readouterr().out
+        assert "--console" not in text and "usage" in text

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from tyro.conf import OmitArgPrefixes, Positional, Suppress
 
 from snapgen import io
 from snapgen.metrics.benchmarks import DrawConfig
@@ -24,7 +25,7 @@ BATCH = 16  # pictures that a network is given at once
 
 
 def main_digits(
-    checkpoint: str,
+    checkpoint: Positional[str],
     *,
     steps: tuple[int, ...] = (28,),
     guidance: float = 4.0,
@@ -32,7 +33,7 @@ def main_digits(
     seed: int = 0,
     untrained: bool = False,
     out: Path | None = None,
-    console: Console | None = None,
+    console: Suppress[Console | None] = None,
 ) -> dict[str, Any]:
     """Whether a checkpoint of preset digits draws the digit that it is asked for, and whether it copies.
 
@@ -63,14 +64,14 @@ def main_digits(
 
 
 def main_clip(
-    checkpoint: str,
+    checkpoint: Positional[str],
     *,
     clip: Path,
     captions: Path,
     pictures: Path,
-    config: DrawConfig = ONE,
+    config: OmitArgPrefixes[DrawConfig] = ONE,
     out: Path | None = None,
-    console: Console | None = None,
+    console: Suppress[Console | None] = None,
 ) -> dict[str, Any]:
     """CLIP score: the mean cosine between drawn pictures and their captions. Run the same command to resume.
 
@@ -101,16 +102,16 @@ def main_clip(
 
 
 def main_fid(
-    pictures: Path,
+    pictures: Positional[Path],
     *,
     reference: Path,
     network: Path,
     checkpoint: str | None = None,
     captions: Path | None = None,
     keep: Path | None = None,
-    config: DrawConfig = ONE,
+    config: OmitArgPrefixes[DrawConfig] = ONE,
     out: Path | None = None,
-    console: Console | None = None,
+    console: Suppress[Console | None] = None,
 ) -> dict[str, Any]:
     """FID: the Fréchet distance between the features of a folder's pictures and those of real ones.
 
@@ -162,12 +163,12 @@ def main_fid(
 
 
 def main_geneval(
-    checkpoint: str,
+    checkpoint: Positional[str],
     *,
     prompts: Path,
     out: Path,
-    config: DrawConfig = DEFAULTS,
-    console: Console | None = None,
+    config: OmitArgPrefixes[DrawConfig] = DEFAULTS,
+    console: Suppress[Console | None] = None,
 ) -> None:
     """Draw GenEval's pictures into its folders. Its own program judges them, or snapgen.metrics.geneval.score with a
     detector of yours. Run the same command to resume.
@@ -189,12 +190,12 @@ def main_geneval(
 
 
 def main_dpg(
-    checkpoint: str,
+    checkpoint: Positional[str],
     *,
     prompts: Path,
     out: Path,
-    config: DrawConfig = DEFAULTS,
-    console: Console | None = None,
+    config: OmitArgPrefixes[DrawConfig] = DEFAULTS,
+    console: Suppress[Console | None] = None,
 ) -> None:
     """Draw DPG-Bench's pictures. Its own program judges out/sheets, or snapgen.metrics.dpg.score with a model of yours
     that answers questions. Run the same command to resume.
@@ -215,14 +216,14 @@ def main_dpg(
 
 
 def main_decoder(
-    checkpoint: str,
+    checkpoint: Positional[str],
     *,
     data: str,
     autoencoder: str | None = None,
     resolution: int | None = None,
     count: int = 500,
     out: Path | None = None,
-    console: Console | None = None,
+    console: Suppress[Console | None] = None,
 ) -> dict[str, Any]:
     """PSNR and SSIM of a decoder: pictures encoded and decoded again, against themselves.
 
@@ -351,3 +352,14 @@ def _written(scores: dict[str, Any], out: Path | None) -> dict[str, Any]:
     if out is not None:
         io.write_json(out, scores)
     return scores
+
+
+# `snapgen eval NAME ...`; what they return is for whoever calls them from Python.
+EVALS: dict[str, Any] = {
+    "clip": main_clip,
+    "fid": main_fid,
+    "geneval": main_geneval,
+    "dpg": main_dpg,
+    "decoder": main_decoder,
+    "digits": main_digits,
+}
