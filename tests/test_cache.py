@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import random
@@ -187,6 +188,7 @@ def test_fingerprints_tell_weights_apart() -> None:
 # --- resuming ---
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_and_run_again_it_gives_the_same_bytes(pictures: Path, cache: Path, tmp_path: Path) -> None:
     choose = random.Random(0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -226,6 +228,12 @@ def test_two_processes_give_the_same_bytes_as_one(pictures: Path, cache: Path, t
         encoders = dict(encoder=encoder(), text=text())
         done = write_cache(dataset(pictures), tmp_path / "c", **encoders, config=CONFIG, rank=rank, world=2)
         assert done == complete
+    assert contents(tmp_path / "c") == contents(cache)
+
+
+def test_workers_give_the_same_bytes(pictures: Path, cache: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, workers=1)
+    assert write_cache(dataset(pictures), tmp_path / "c", encoder=encoder(), text=text(), config=config)
     assert contents(tmp_path / "c") == contents(cache)
 
 
