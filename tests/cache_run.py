@@ -1,9 +1,10 @@
 """A process of `test_cache.py`: caches a folder of pictures with the small encoder and tiny text encoders.
 
-python tests/cache_run.py DATA OUT
+python tests/cache_run.py DATA OUT, slowly, so that it can be killed between any two batches
 """
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -45,7 +46,6 @@ def dataset(root: Path) -> ImageFolder:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    data = dataset(Path(sys.argv[1]))
-    encoders = encoder(), text()
-    print("ready", flush=True)
-    write_cache(data, Path(sys.argv[2]), encoder=encoders[0], text=encoders[1], config=CONFIG)
+    slow = encoder()
+    slow.module.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    write_cache(dataset(Path(sys.argv[1])), Path(sys.argv[2]), encoder=slow, text=text(), config=CONFIG)

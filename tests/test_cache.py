@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from snapgen import io
 from snapgen.data.cache import CacheConfig, CachedDataset, checksum, write_cache
 from snapgen.data.embed import FrozenText, LatentEncoder, fingerprint, load_encoder, load_text
 from snapgen.data.folder import ImageFolder
-from snapgen.data.loader import Share, batches
+from snapgen.data.loader import Share, batches, open_dataset
 from snapgen.text import TextEmbedding
 
 BROKEN = "image is broken or not JPEG, PNG or WebP"
@@ -186,22 +188,22 @@ def test_fingerprints_tell_weights_apart() -> None:
 # --- resuming ---
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_and_run_again_it_gives_the_same_bytes(pictures: Path, cache: Path, tmp_path: Path) -> None:
-    wanted, choose = contents(cache), random.Random(0)
+    choose = random.Random(0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     out = tmp_path / "killed"
     command = [sys.executable, str(Path(__file__).parent / "cache_run.py"), str(pictures), str(out)]
-    killed = 0
-    for _ in range(3):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        time.sleep(choose.uniform(0.01, 0.12))
+    for shards in (0, 2, 4):
+        process = subprocess.Popen(command, env=environment)
+        while len(list(out.glob("shard-*.json"))) < shards or not (out / "empty.safetensors").exists():
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        time.sleep(choose.uniform(0, 0.15))
         process.kill()
-        killed += process.wait() == -9
-        assert not (out / "index.json").exists() or killed < 3
-    assert killed, "the process was done before it could be killed"
+        assert process.wait() == -signal.SIGKILL and not (out / "index.json").exists()
     assert write_cache(dataset(pictures), out, encoder=encoder(), text=text(), config=CONFIG)
-    assert contents(out) == wanted
+    assert contents(out) == contents(cache)
 
 
 @pytest.mark.parametrize("shards", range(6))
@@ -226,6 +228,12 @@ def test_two_processes_give_the_same_bytes_as_one(pictures: Path, cache: Path, t
         encoders = dict(encoder=encoder(), text=text())
         done = write_cache(dataset(pictures), tmp_path / "c", **encoders, config=CONFIG, rank=rank, world=2)
         assert done == complete
+    assert contents(tmp_path / "c") == contents(cache)
+
+
+def test_workers_give_the_same_bytes(pictures: Path, cache: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, workers=1)
+    assert write_cache(dataset(pictures), tmp_path / "c", encoder=encoder(), text=text(), config=config)
     assert contents(tmp_path / "c") == contents(cache)
 
 
@@ -392,3 +400,24 @@ def test_shards_hold_what_their_documentation_says(cache: Path) -> None:
     assert note == {"bucket": 1, "samples": 3, "sha256": checksum(cache / "shard-00000.safetensors"), "skipped": {}}
     assert io.read_json(cache / "shard-00001.json")["skipped"] == {BROKEN: 1}
     assert [entry["samples"] for entry in io.read_json(cache / "index.json")["shards"]] == [3, 2, 3, 3, 3, 1]
+
+
+def test_the_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `snapgen cache ...` reads it; and a cache is a dataset of `--data`."""
+    import tyro
+
+    from snapgen.data.buckets import Buckets
+    from snapgen.data.command import main_cache
+
+    words = [pictures, "-o", tmp_path / "c", "--resolution", 64, "--buckets", "--unit", 16, "--autoencoder", "tiny"]
+    assert tyro.cli(main_cache, args=[str(word) for word in (*words, "--shard-size", 4, "--dtype", "fp32")])
+    assert "15 samples in use, 2 skipped when it was made" in " ".join(capsys.readouterr().out.split())
+    data = open_dataset(str(tmp_path / "c"), 64)
+    assert isinstance(data, CachedDataset) and data.batch([0]).latents.shape == (1, 8, 8, 8)
+    assert data.batch([14]).latents.shape == (1, 8, 6, 10)
+    with pytest.raises(ValueError, match="was made at 64, not 32"):
+        open_dataset(str(tmp_path / "c"), 32)
+    with pytest.raises(ValueError, match="has buckets of its own"):
+        open_dataset(str(tmp_path / "c"), 64, bucketing=Buckets(resolution=64, unit=8))
+    with pytest.raises(ValueError, match="which is endless"):
+        main_cache("shapes", out=tmp_path / "s")

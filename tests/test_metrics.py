@@ -629,6 +629,35 @@ def test_the_shipped_decoder_keeps_most_of_a_picture(tmp_path: Path) -> None:
     assert found["psnr"] > 25 and 0.8 < found["ssim"] < 1 and found["pictures"] == 20
 
 
+def test_a_decoder_of_diffusers(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    from snapgen.data.shapes import ShapesDataset
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5, shift_factor=0.1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    vae.save_pretrained(tmp_path)
+    found = command.main_decoder(str(tmp_path), data="shapes", resolution=32, count=3, console=QUIET)
+    images, _ = ShapesDataset(32, split="test").batch(range(3))
+    with torch.no_grad():
+        drawn = vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+    assert found["psnr"] == pytest.approx(
+        psnr(((drawn + 1) * 127.5).round() / 127.5 - 1, images).mean().item(), abs=1e-3
+    )
+
+
+def test_pictures_come_in_batches_of_one_size(tmp_path: Path) -> None:
+    for number in range(40):
+        Image.new("RGB", (8, 8 + (number >= 20)), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    found = list(command.list_batches(tmp_path, Counter()))
+    assert [tuple(batch.shape) for batch in found] == [(n, 3, h, 8) for n, h in ((16, 8), (4, 8), (16, 9), (4, 9))]
+    values = [((picture[0, 0, 0] + 1) * 127.5).round().item() for batch in found for picture in batch]
+    assert values == list(range(40))
+
+
 def test_pictures_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     class Failing(Image.Image):
         def save(self, path: Any, *_: Any, **__: Any) -> None:
@@ -638,3 +667,33 @@ def test_pictures_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no space"):
         benchmarks.save(Failing(), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `snapgen eval ...` reads it."""
+    import tyro
+
+    def run(*words: Any) -> Any:
+        return tyro.extras.subcommand_cli_from_dict(command.EVALS, args=list(map(str, words)))
+
+    found = run("decoder", "tiny", "--data", "shapes", "--count", 2, "--out", tmp_path / "d.json")
+    assert json.loads((tmp_path / "d.json").read_text()) == found and "PSNR" in capsys.readouterr().out
+    lines(tmp_path / "m.jsonl", [RED_BENCH])
+    run(
+        "geneval",
+        checkpoint,
+        "--prompts",
+        tmp_path / "m.jsonl",
+        "--out",
+        tmp_path / "g",
+        "--steps",
+        1,
+        "--per-prompt",
+        1,
+    )
+    assert (tmp_path / "g/00000/samples/00000.png").is_file()
+    for name in command.EVALS:
+        with pytest.raises(SystemExit):
+            run(name, "--help")
+        text = capsys.readouterr().out
+        assert "--console" not in text and "usage" in text

@@ -1,4 +1,4 @@
-"""Training data: the captioned shapes world (no download) and folders or WebDataset shards of image + caption.
+"""Training data: the shapes world and handwritten digits (no download), folders, WebDataset shards, and caches of them.
 
 Names are resolved on first use, so that importing this package loads neither torch nor Pillow.
 """
@@ -9,12 +9,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cache import CachedDataset
+    from .digits import ClassFolders, DigitsDataset
     from .folder import ImageFolder, WebDatasetShards
     from .shapes import ShapesDataset
+    from .stream import WebDatasetStream
 
-_HOMES = {"ShapesDataset": ".shapes", "ImageFolder": ".folder", "WebDatasetShards": ".folder"}
+_HOMES = {
+    "CachedDataset": ".cache",
+    "ClassFolders": ".digits",
+    "DigitsDataset": ".digits",
+    "ImageFolder": ".folder",
+    "ShapesDataset": ".shapes",
+    "WebDatasetShards": ".folder",
+    "WebDatasetStream": ".stream",
+}
 
-__all__ = ["ImageFolder", "ShapesDataset", "WebDatasetShards"]
+__all__ = [
+    "CachedDataset",
+    "ClassFolders",
+    "DigitsDataset",
+    "ImageFolder",
+    "ShapesDataset",
+    "WebDatasetShards",
+    "WebDatasetStream",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -133,10 +133,12 @@ class BucketOrder:
         """The bucket of a step and its `batch_size` samples."""
         bucket, turn = self._turn(step)
         own = self.members[bucket]
-        chosen = []
-        for place in range(turn * self.batch_size, (turn + 1) * self.batch_size):
-            order = self._order(bucket, place // len(own))
-            chosen.append(int(own[order[place % len(own)]]))
+        chosen: list[int] = []
+        place = turn * self.batch_size
+        while len(chosen) < self.batch_size:
+            passes, offset = divmod(place + len(chosen), len(own))
+            missing = self.batch_size - len(chosen)
+            chosen += own[self._order(bucket, passes)[offset : offset + missing]].tolist()
         return bucket, chosen
 
     def _turn(self, step: int) -> tuple[int, int]:

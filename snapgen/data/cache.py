@@ -312,7 +312,8 @@ class CachedDataset:
 
     Args:
         folder: of :func:`write_cache`.
-        verify: check all shards now; otherwise each when it is first read, by every process that does.
+        verify: check all shards now; otherwise each when it is first read, by every process that does (a loader's
+            workers each report what they meet, so only this gives one whole report).
 
     Attributes:
         buckets: the bucket of every sample.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from snapgen.data.buckets import Buckets
 from snapgen.data.cache import CacheConfig, CachedDataset, write_cache
@@ -17,9 +19,9 @@ DEFAULTS = CacheConfig()
 
 
 def main_cache(
-    data: str,
-    out: Path,
+    data: Positional[str],
     *,
+    out: Annotated[Path, arg(aliases=["-o"])],
     resolution: int = 256,
     buckets: bool = False,
     unit: int = 32,
@@ -31,9 +33,9 @@ def main_cache(
     t5: Path | None = None,
     max_tokens: int = 256,
     context_dim: int | None = None,
-    precision: str = "fp32",
-    config: CacheConfig = DEFAULTS,
-    console: Console | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    config: OmitArgPrefixes[CacheConfig] = DEFAULTS,
+    console: Suppress[Console | None] = None,
 ) -> bool:
     """Compute the latents and embedded captions of a dataset into a folder of shards. Run the same command to resume.
 

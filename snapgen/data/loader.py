@@ -148,7 +148,8 @@ def open_dataset(source: str, resolution: int, *, seed: int = 0, bucketing: Buck
     Args:
         source: "shapes" for the procedural world; "digits" for scikit-learn's; "imagenet:PATH" for a folder of class
             folders; a folder of pictures with captions; one or more WebDataset shards (a .tar file, or a pattern such
-            as "data/{000..127}.tar"); or shards to be streamed: a URL, "pipe:" and a command, or "stream:" and shards.
+            as "data/{000..127}.tar"); shards to be streamed: a URL, "pipe:" and a command, or "stream:" and shards; or
+            the folder of a cache (`snapgen cache`).
         bucketing: keep the pictures' aspect ratios, each in its bucket; by default their central squares are taken.
 
     Raises:
@@ -172,14 +173,27 @@ def open_dataset(source: str, resolution: int, *, seed: int = 0, bucketing: Buck
             raise ValueError(f"data: got {source!r}; streamed shards have no buckets, which need every picture's size")
         return WebDatasetStream(source.removeprefix("stream:"), resolution)
     folder = Path(source)
+    if (folder / "cache.json").is_file():
+        return _cached(folder, resolution, bucketing)
     if source.endswith(".tar") or (folder.is_dir() and any(folder.glob("*.tar"))):
         return WebDatasetShards(source, resolution, bucketing=bucketing)
     if folder.is_dir():
         return ImageFolder(source, resolution, bucketing=bucketing)
     raise ValueError(
         f"data: got {source!r}; must be 'shapes', 'digits', 'imagenet:FOLDER', a folder, WebDataset shards ending "
-        f"in .tar, or a URL of some"
+        f"in .tar, a URL of some, or a cache"
     )
+
+
+def _cached(folder: Path, resolution: int, bucketing: Buckets | None) -> Any:
+    from snapgen.data.cache import CachedDataset
+
+    data = CachedDataset(folder)
+    if data.index["data"]["resolution"] not in (None, resolution):
+        raise ValueError(f"data: the cache {folder} was made at {data.index['data']['resolution']}, not {resolution}")
+    if bucketing is not None and list(map(tuple, bucketing.sizes)) != data.sizes:
+        raise ValueError(f"data: the cache {folder} has buckets of its own, {data.sizes}; leave `bucketing` out")
+    return data
 
 
 def batches(data: Any, share: Share, *, start: int, seed: int, workers: int = 0) -> Iterator[Batch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from tyro.conf import OmitArgPrefixes, Positional, Suppress
 
 from snapgen import io
 from snapgen.metrics.benchmarks import DrawConfig
@@ -24,7 +25,7 @@ BATCH = 16  # pictures that a network is given at once
 
 
 def main_digits(
-    checkpoint: str,
+    checkpoint: Positional[str],
     *,
     steps: tuple[int, ...] = (28,),
     guidance: float = 4.0,
@@ -32,7 +33,7 @@ def main_digits(
     seed: int = 0,
     untrained: bool = False,
     out: Path | None = None,
-    console: Console | None = None,
+    console: Suppress[Console | None] = None,
 ) -> dict[str, Any]:
     """Whether a checkpoint of preset digits draws the digit that it is asked for, and whether it copies.
 
@@ -49,7 +50,7 @@ def main_digits(
     from snapgen.metrics.digits import print_digits, score_digits
     from snapgen.pipeline import load
 
-    pipe, console = load(checkpoint), console or Console()
+    pipe, console = load(checkpoint).to(_device()), console or Console()
     contenders = {"": pipe, **({"untrained, ": fresh(pipe, seed)} if untrained else {})}
     scores = {
         f"{who}{count} steps": score_digits(
@@ -63,14 +64,14 @@ def main_digits(
 
 
 def main_clip(
-    checkpoint: str,
+    checkpoint: Positional[str],
     *,
     clip: Path,
     captions: Path,
     pictures: Path,
-    config: DrawConfig = ONE,
+    config: OmitArgPrefixes[DrawConfig] = ONE,
     out: Path | None = None,
-    console: Console | None = None,
+    console: Suppress[Console | None] = None,
 ) -> dict[str, Any]:
     """CLIP score: the mean cosine between drawn pictures and their captions. Run the same command to resume.
 
@@ -91,8 +92,8 @@ def main_clip(
     found: list[float] = []
     for first in track(range(0, len(files), BATCH), "scoring", console=console):
         part = files[first : first + BATCH]
-        for path, caption in part:
-            found += judge(_picture(path), [caption]).tolist()
+        drawn = torch.cat([_picture(path) for path, _ in part])
+        found += judge(drawn, [caption for _, caption in part]).tolist()
     spread = torch.tensor(found, dtype=torch.float64)
     error = float(spread.std() / len(found) ** 0.5) if len(found) > 1 else None
     scores = {"clip_score": float(spread.mean()), "standard_error": error, "pictures": len(found), "clip": clip.name}
@@ -101,16 +102,16 @@ def main_clip(
 
 
 def main_fid(
-    pictures: Path,
+    pictures: Positional[Path],
     *,
     reference: Path,
     network: Path,
     checkpoint: str | None = None,
     captions: Path | None = None,
     keep: Path | None = None,
-    config: DrawConfig = ONE,
+    config: OmitArgPrefixes[DrawConfig] = ONE,
     out: Path | None = None,
-    console: Console | None = None,
+    console: Suppress[Console | None] = None,
 ) -> dict[str, Any]:
     """FID: the Fréchet distance between the features of a folder's pictures and those of real ones.
 
@@ -162,12 +163,12 @@ def main_fid(
 
 
 def main_geneval(
-    checkpoint: str,
+    checkpoint: Positional[str],
     *,
     prompts: Path,
     out: Path,
-    config: DrawConfig = DEFAULTS,
-    console: Console | None = None,
+    config: OmitArgPrefixes[DrawConfig] = DEFAULTS,
+    console: Suppress[Console | None] = None,
 ) -> None:
     """Draw GenEval's pictures into its folders. Its own program judges them, or snapgen.metrics.geneval.score with a
     detector of yours. Run the same command to resume.
@@ -183,18 +184,18 @@ def main_geneval(
 
     console = console or Console()
     found = geneval.read_prompts(prompts)
-    geneval.draw(load(checkpoint), found, out, config, console)
+    geneval.draw(load(checkpoint).to(_device()), found, out, config, console)
     tags = Counter(entry["tag"] for entry in found)
     _table(console, f"GenEval: {out}", {tag: f"{count} prompts" for tag, count in tags.items()})
 
 
 def main_dpg(
-    checkpoint: str,
+    checkpoint: Positional[str],
     *,
     prompts: Path,
     out: Path,
-    config: DrawConfig = DEFAULTS,
-    console: Console | None = None,
+    config: OmitArgPrefixes[DrawConfig] = DEFAULTS,
+    console: Suppress[Console | None] = None,
 ) -> None:
     """Draw DPG-Bench's pictures. Its own program judges out/sheets, or snapgen.metrics.dpg.score with a model of yours
     that answers questions. Run the same command to resume.
@@ -210,24 +211,25 @@ def main_dpg(
 
     console = console or Console()
     found = dpg.read_prompts(prompts)
-    dpg.draw(load(checkpoint), found, out, config, console)
+    dpg.draw(load(checkpoint).to(_device()), found, out, config, console)
     _table(console, f"DPG-Bench: {out / 'sheets'}", {"prompts": str(len(found))})
 
 
 def main_decoder(
-    checkpoint: str,
+    checkpoint: Positional[str],
     *,
     data: str,
     autoencoder: str | None = None,
     resolution: int | None = None,
     count: int = 500,
     out: Path | None = None,
-    console: Console | None = None,
+    console: Suppress[Console | None] = None,
 ) -> dict[str, Any]:
     """PSNR and SSIM of a decoder: pictures encoded and decoded again, against themselves.
 
     Args:
-        checkpoint: A folder with our decoder in decoder/, or the name of a shipped one.
+        checkpoint: A folder with our decoder in decoder/, the name of a shipped one, or the folder of a diffusers
+            AutoencoderKL.
         data: A dataset of `snapgen train`; "shapes" are scenes that training never showed.
         autoencoder: Whose encoder: a folder of a diffusers AutoencoderKL, or a checkpoint of ours. By default that of
             `checkpoint`.
@@ -235,29 +237,22 @@ def main_decoder(
         count: Pictures.
         out: Also write the scores here as JSON.
     """
-    from snapgen.config import SHIPPED
     from snapgen.data.embed import load_encoder
     from snapgen.data.loader import open_dataset
     from snapgen.data.shapes import ShapesDataset
-    from snapgen.decoder import TinyDecoder
     from snapgen.metrics.pictures import psnr, ssim
 
     if count < 1:
         raise ValueError(f"count: got {count}; must be at least 1")
     console, side = console or Console(), resolution or 64
-    folder = SHIPPED / checkpoint if (SHIPPED / checkpoint).is_dir() else Path(checkpoint)
-    path = folder / "decoder" / "diffusion_pytorch_model.safetensors"
-    weights = io.load_tensors(path)
-    decoder = TinyDecoder.from_config(io.read_json(folder / "decoder" / "config.json"))
-    io.load_strictly(decoder, weights, path, "the decoder that its config.json describes")
-    decoder = decoder.eval().to(_device())
-    encoder = load_encoder(autoencoder or folder, device=_device())
+    decode = _decoder(checkpoint)
+    encoder = load_encoder(autoencoder or checkpoint, device=_device())
     source = ShapesDataset(side, split="test") if data == "shapes" else open_dataset(data, side)
     count = min(count, len(source))
     found: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
     for first in track(range(0, count, BATCH), "decoding", console=console):
         images, _ = source.batch(range(first, min(first + BATCH, count)))
-        drawn = decoder.decode(encoder(images).to(_device())).float().clamp(-1, 1).cpu()
+        drawn = decode(encoder(images).to(_device())).float().clamp(-1, 1).cpu()
         # As a file would have them: rounded to bytes.
         drawn = drawn.add(1).mul(127.5).round().div(127.5).sub(1)
         found["psnr"].append(psnr(drawn, images))
@@ -267,6 +262,23 @@ def main_decoder(
     rows = {"PSNR": f"{scores['psnr']:.2f} dB", "SSIM": f"{scores['ssim']:.4f}", "pictures": f"{count}, {side}x{side}"}
     _table(console, "Decoder", rows)
     return _written(scores, out)
+
+
+def _decoder(checkpoint: str) -> Callable[[Tensor], Tensor]:
+    """Scaled latents to pictures."""
+    from snapgen.config import SHIPPED
+    from snapgen.data.embed import load_encoder
+    from snapgen.decoder import TinyDecoder
+
+    folder = SHIPPED / checkpoint if (SHIPPED / checkpoint).is_dir() else Path(checkpoint)
+    if not (folder / "decoder" / "config.json").is_file():
+        other = load_encoder(folder, device=_device())
+        return torch.no_grad()(lambda latents: other.module.decode(latents / other.scale + other.shift).sample)
+    path = folder / "decoder" / "diffusion_pytorch_model.safetensors"
+    weights = io.load_tensors(path)
+    decoder = TinyDecoder.from_config(io.read_json(folder / "decoder" / "config.json"))
+    io.load_strictly(decoder, weights, path, "the decoder that its config.json describes")
+    return decoder.eval().to(_device()).decode
 
 
 def read_captions(path: Path) -> list[str]:
@@ -287,7 +299,7 @@ def read_captions(path: Path) -> list[str]:
 
 
 def list_batches(folder: Path, skipped: Counter[str]) -> Iterator[Tensor]:
-    """The pictures of a folder [1, 3, H, W] in [-1, 1], each of its own size, by name; those that cannot be read are
+    """The pictures of a folder [B, 3, H, W] in [-1, 1], by name, in batches of one size; those that cannot be read are
     counted, with the reason, and logged.
 
     Raises:
@@ -300,6 +312,7 @@ def list_batches(folder: Path, skipped: Counter[str]) -> Iterator[Tensor]:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
         raise ValueError(f"pictures: {folder} holds none ({', '.join(IMAGE_SUFFIXES)})")
+    held: list[Tensor] = []
     for path in files:
         try:
             picture = _picture(path)
@@ -307,7 +320,12 @@ def list_batches(folder: Path, skipped: Counter[str]) -> Iterator[Tensor]:
             skipped[_NO_PICTURE] += 1
             log.warning("%s: skipped, %s (%s)", path, _NO_PICTURE, error)
             continue
-        yield picture
+        if held and (len(held) == BATCH or held[0].shape != picture.shape):
+            yield torch.cat(held)
+            held = []
+        held.append(picture)
+    if held:
+        yield torch.cat(held)
 
 
 def _picture(path: Path) -> Tensor:
@@ -351,3 +369,14 @@ def _written(scores: dict[str, Any], out: Path | None) -> dict[str, Any]:
     if out is not None:
         io.write_json(out, scores)
     return scores
+
+
+# `snapgen eval NAME ...`; what they return is for whoever calls them from Python.
+EVALS: dict[str, Any] = {
+    "clip": main_clip,
+    "fid": main_fid,
+    "geneval": main_geneval,
+    "dpg": main_dpg,
+    "decoder": main_decoder,
+    "digits": main_digits,
+}
