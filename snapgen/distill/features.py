@@ -103,8 +103,10 @@ class Taps:
     def __enter__(self) -> Taps:
         for name, part in self.layers.items():
 
-            def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-                self._outputs[name] = output
+            def keep(part: nn.Module, _: Any, output: Any, name: str = name) -> None:
+                # diffusers' joint attention gives (image, text), its blocks (text, image).
+                joint = getattr(part, "add_k_proj", None) is not None and isinstance(output, tuple)
+                self._outputs[name] = output[0] if joint else output
 
             self._handles.append(part.register_forward_hook(keep))
         return self
