@@ -1,8 +1,9 @@
 """Every preset, in one table.
 
 A preset is a set of keyword arguments: `denoiser` for `snapgen.unet.SnapGenUNet` (or, with a `patch_size`, for
-`snapgen.mmdit.MMDiT`), `decoder` for `snapgen.decoder.TinyDecoder`, `encoder` for `TinyEncoder` beside it (only where we train one ourselves; the
-large presets encode with the frozen SD3 autoencoder), `text` for the text encoders. Nothing else configures a model.
+`snapgen.mmdit.MMDiT`), `decoder` for `snapgen.decoder.TinyDecoder`, `encoder` for `TinyEncoder` beside it (only where
+we train one ourselves; the large presets encode with the frozen SD3 autoencoder), `text` for the text encoders. Nothing
+else configures a model.
 
 Sources: SnapGen (CVPR 2025), the authors' slides for parameter and FLOP counts. What the paper leaves open (width of
 the time embedding, depth of the middle block, side of the first stage's cross-attention) is fitted to those counts; see
@@ -100,7 +101,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             name="tiny-teacher",
-            about="a transformer of Stable Diffusion 3's kind on the latents of tiny, to teach it; trains in the same way",
+            about="a transformer of SD3's kind on the latents of tiny, to teach it; trains in the same way",
             resolution=64,
             denoiser=dict(
                 sample_size=8,

@@ -311,7 +311,7 @@ def load(checkpoint: str | os.PathLike) -> SnapGenPipeline:
 
 
 def _own_modules(folder: Path) -> set[str]:
-    """Which of our modules a saved pipeline takes components from; all of them where there is no folder to look into."""
+    """Which of our modules a saved pipeline takes components from; all where there is no folder to look into."""
     ours = {"snapgen.unet", "snapgen.mmdit", "snapgen.decoder"}
     if not folder.is_dir():
         return ours

@@ -1,4 +1,4 @@
-"""Teachers small enough for tests: a transformer of SD3's kind on the small preset's latents, and a whole SD3 folder."""
+"""Teachers small enough for tests: a transformer of SD3's kind on the small preset's latents, and an SD3 folder."""
 
 from pathlib import Path
 

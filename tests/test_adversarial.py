@@ -2,10 +2,15 @@
 
 import math
 import os
+import shlex
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from small_models import QUIET, denoiser_task
 from small_teachers import small_teacher, taught_task
 from test_distill import batch
@@ -26,6 +31,7 @@ from snapgen.distill.adversarial import (
 )
 from snapgen.distill.command import TeacherOptions, distill_steps
 from snapgen.distill.scaling import Scaling
+from snapgen.parallel import Processes
 from snapgen.pipeline import SnapGenPipeline
 from snapgen.seeds import Draws
 from snapgen.tasks import DenoiserTask
@@ -39,9 +45,7 @@ def few(**changes) -> DenoiserTask:
     def make(teacher, student):
         torch.manual_seed(4)
         teacher.guidance = 3.0
-        return AdversarialDistillation(
-            teacher, student, options=StepOptions(head_width=8, **changes), scaling=scaling
-        )
+        return AdversarialDistillation(teacher, student, options=StepOptions(head_width=8, **changes), scaling=scaling)
 
     return taught_task(make)
 
@@ -58,7 +62,7 @@ def test_times_are_those_of_the_sampler(steps, shift):
 
 
 def test_the_student_is_called_at_those_times():
-    task = few(steps=4)
+    task = few(student_steps=4)
     seen = []
     task.modules["denoiser"].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     pipe = task.pipeline(task.modules)
@@ -75,7 +79,10 @@ def test_the_student_is_called_at_those_times():
 
 
 def test_losses_by_hand():
-    real, fake = [torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0]])], [torch.tensor([[-2.0, 1.0]]), torch.tensor([[0.5]])]
+    real, fake = (
+        [torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0]])],
+        [torch.tensor([[-2.0, 1.0]]), torch.tensor([[0.5]])],
+    )
     # hinge: heads (max(0, 1-2) + max(0, 1-2) + max(0, 1-0) + max(0, 1+1)) / 2 = 3 / 2 and 2 + 1.5; their mean.
     assert discriminator_loss(real, fake, "hinge").tolist() == pytest.approx([(1.5 + 3.5) / 2])
     assert generator_loss(fake, "hinge").tolist() == pytest.approx([(0.5 - 0.5) / 2])
@@ -124,7 +131,7 @@ def test_heads_stand_at_the_ends_of_equal_parts():
 
 @pytest.mark.parametrize("gan", ["hinge", "non-saturating"])
 def test_both_losses_by_their_formulas(gan):
-    task = few(gan=gan, gan_weight=0.7, r1=0.4, steps=2)
+    task = few(gan=gan, gan_weight=0.7, r1=0.4, student_steps=2)
     objective, heads = task.objective, task.modules["heads"]
     teacher, network = objective.teacher, objective.teacher.network
     generator, discriminator = task.phases()
@@ -189,7 +196,7 @@ def test_both_losses_by_their_formulas(gan):
 
 def test_the_game_alone_teaches_the_student_through_the_teacher():
     # Without L_task and L_kd the only way to the student is through heads and teacher.
-    task = few(steps=1)
+    task = few(student_steps=1)
     objective = task.objective
     drawn = objective._drawn(task, few_steps(1, 1.0), batch(), Draws(0, 0, range(2)))
     text = objective.teacher.read(drawn.noised.captions)
@@ -238,7 +245,7 @@ def test_each_phase_moves_its_own(still):
 
 
 def test_heads_learn_to_tell_and_the_student_to_deceive():
-    task = few(steps=1)
+    task = few(student_steps=1)
     _, discriminator = task.phases()
     heads = torch.optim.AdamW(task.modules["heads"].parameters(), lr=1e-2)
     told = []
@@ -294,14 +301,11 @@ def test_bf16_runs(tmp_path):
 
 
 def test_the_shipped_student_learns_few_steps_from_itself(tmp_path):
-    exported = distill_steps(
-        out=tmp_path / "run",
-        student="tiny",
-        teacher=TeacherOptions(teacher="tiny", guidance=4.0),
-        options=StepOptions(steps=2, head_width=16),
-        config=TrainConfig(steps=2, batch_size=2, warmup=1, lr=1e-5, sample_every=100, ema=0.0),
-        console=QUIET,
+    words = shlex.split(
+        "--student tiny --teacher tiny --guidance 4 --student-steps 2 --head-width 16 --steps 2 --batch-size 2 "
+        "--warmup 1 --lr 1e-5 --sample-every 100 --ema 0"
     )
+    exported = tyro.cli(distill_steps, args=["-o", str(tmp_path / "run"), *words])
     pipe = SnapGenPipeline.from_pretrained(exported)
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe("a red circle", num_inference_steps=2, guidance_scale=1, output_type="pt").images
@@ -318,11 +322,11 @@ def test_the_shipped_student_learns_few_steps_from_itself(tmp_path):
 def test_wrong_students_and_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="gan: got 'wasserstein'; allowed are hinge and non-saturating"):
         StepOptions(gan="wasserstein")
-    with pytest.raises(ValueError, match="steps: got 0"):
-        StepOptions(steps=0)
+    with pytest.raises(ValueError, match="student_steps: got 0"):
+        StepOptions(student_steps=0)
     with pytest.raises(ValueError, match="r1: got -1"):
         StepOptions(r1=-1.0)
-    with pytest.raises(ValueError, match="has none called 'blocks.9'"):
+    with pytest.raises(ValueError, match=r"has none called 'blocks\.9'"):
         AdversarialDistillation(small_teacher(), denoiser_task().modules["denoiser"], layers=["blocks.9"])
     settings = dict(teacher=TeacherOptions(teacher="tiny"), config=TrainConfig(steps=1), console=QUIET)
     with pytest.raises(io.CheckpointError, match="no such checkpoint"):
@@ -331,3 +335,31 @@ def test_wrong_students_and_settings_are_named(tmp_path):
         distill_steps(out=tmp_path, student="tiny", preset="t2i-1024", **settings)
     with pytest.raises(io.CheckpointError, match="does not fit the denoiser of preset tiny-teacher"):
         distill_steps(out=tmp_path, student="tiny", preset="tiny-teacher", **settings)
+
+
+# ---- many processes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_distil_as_one(tmp_path):
+    from distill_run import OBJECTIVES, steps
+
+    script = Path(__file__).parent / "distill_run.py"
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script), str(tmp_path)]
+    paths = os.pathsep.join([str(script.parent.parent), str(script.parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, *command], capture_output=True, env=environment, timeout=120)
+    assert run.returncode == 0, run.stderr.decode()[-3000:]
+    for name, make in OBJECTIVES.items():
+        alone = steps(make(), Processes("ddp", 0, 1, torch.device("cpu")))
+        start = {f"{key}.{n}": p for key, module in make().modules.items() for n, p in module.named_parameters()}
+        for kind in ("ddp", "fsdp"):
+            if (kind, name) == ("fsdp", "penalty"):
+                assert "r1: differentiates twice, which FSDP does not" in (tmp_path / "fsdp-penalty.txt").read_text()
+                continue
+            found = io.load_tensors(tmp_path / f"{kind}-{name}.safetensors")
+            assert found.keys() == alone.keys()
+            moved = sum((alone[n] - start[n]).square().sum() for n in alone).sqrt()
+            apart = sum((alone[n] - found[n]).square().sum() for n in alone).sqrt()
+            # AdamW's first steps divide by the gradient's size, which magnifies rounding where it is near zero.
+            assert moved > 0 and apart < 1e-2 * moved, (kind, name)

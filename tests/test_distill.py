@@ -2,11 +2,14 @@
 
 import math
 import os
+import shlex
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 from small_models import QUIET, denoiser_task
@@ -19,7 +22,7 @@ from snapgen.config import PRESETS
 from snapgen.data.loader import Batch
 from snapgen.data.shapes import VOCABULARY
 from snapgen.distill.captions import CaptionStore, store_captions, stored_caption
-from snapgen.distill.command import TeacherOptions, distill
+from snapgen.distill.command import distill
 from snapgen.distill.features import LayerPair, Taps, as_grid, averaged, feature_loss, layer, transformers
 from snapgen.distill.knowledge import KnowledgeDistillation, velocity_distance
 from snapgen.distill.scaling import Scaling, density, phi, scaled
@@ -29,7 +32,7 @@ from snapgen.pipeline import SnapGenPipeline
 from snapgen.seeds import Draws
 from snapgen.tasks import DenoiserTask, JointText, build_denoiser
 from snapgen.text import TextEmbedding
-from snapgen.train import TrainConfig, train
+from snapgen.train import train
 
 LAST = LayerPair("transformer.transformer_blocks.2", "up.0.layers.1.transformer")
 FIRST = LayerPair("transformer.transformer_blocks.0", "mid", "mlp")
@@ -81,14 +84,14 @@ def test_scaled_loss_of_a_student_that_has_arrived_is_finite():
 
 
 def test_constant_scaling_by_hand_and_its_errors():
-    constant = Scaling(scaling="constant", weight=0.5)
+    constant = Scaling(scaling="constant", kd_weight=0.5)
     assert constant(torch.tensor([2.0]), torch.tensor([3.0]), torch.tensor([0.1])).item() == 3.5
     by_time = Scaling()(torch.tensor([2.0]), torch.tensor([3.0]), torch.tensor([0.5]))
     assert by_time.item() == pytest.approx(2.0)
     with pytest.raises(ValueError, match="scaling: got 'none'"):
         Scaling(scaling="none")
-    with pytest.raises(ValueError, match=r"weight: got -1"):
-        Scaling(weight=-1.0)
+    with pytest.raises(ValueError, match=r"kd_weight: got -1"):
+        Scaling(kd_weight=-1.0)
 
 
 # ---- features --------------------------------------------------------------------------------------------------------
@@ -157,7 +160,9 @@ def test_velocity_distance_by_hand():
 
 def test_an_unknown_layer_lists_near_ones():
     teacher = small_teacher().network
-    with pytest.raises(ValueError, match=r"MMDiT has none called 'transformer\.transformer_blocks\.9'; near are .*s\.2"):
+    with pytest.raises(
+        ValueError, match=r"MMDiT has none called 'transformer\.transformer_blocks\.9'; near are .*s\.2"
+    ):
         layer(teacher, "transformer.transformer_blocks.9")
     with pytest.raises(ValueError, match="projector: got 'deep'"):
         LayerPair("a", "b", "deep")
@@ -205,7 +210,7 @@ def kd(teacher, student, **changes) -> KnowledgeDistillation:
 @pytest.mark.parametrize("mode", ["output", "features", "both", "two pairs", "constant"])
 def test_loss_by_its_formula(mode):
     pairs = {"output": (), "two pairs": (LAST, FIRST)}.get(mode, (LAST,))
-    scaling = Scaling(scaling="constant", weight=0.3) if mode == "constant" else Scaling()
+    scaling = Scaling(scaling="constant", kd_weight=0.3) if mode == "constant" else Scaling()
     task = taught_task(lambda t, s: kd(t, s, output=mode != "features", pairs=pairs, scaling=scaling))
     objective = task.objective
     (phase,) = task.phases()
@@ -230,7 +235,9 @@ def test_loss_by_its_formula(mode):
         for index, pair in enumerate(pairs):
             found = {}
             handles = [
-                layer(module, name).register_forward_hook(lambda _, __, out, key=key: found.update({key: out}))
+                layer(module, name).register_forward_hook(
+                    lambda _, __, out, key=key, found=found: found.update({key: out})
+                )
                 for key, module, name in (
                     ("theirs", network, pair.teacher),
                     ("ours", task.modules["denoiser"], pair.student),
@@ -412,7 +419,7 @@ def test_micro_batches_give_the_run_of_the_whole_batch(tmp_path):
 
 
 def test_distillation_brings_the_student_to_the_teacher():
-    task = taught_task(lambda t, s: kd(t, s, scaling=Scaling(scaling="constant", weight=10.0), pairs=(LAST,)))
+    task = taught_task(lambda t, s: kd(t, s, scaling=Scaling(scaling="constant", kd_weight=10.0), pairs=(LAST,)))
     (phase,) = task.phases()
     optimizer = torch.optim.AdamW([p for name in phase.modules for p in task.modules[name].parameters()], lr=2e-3)
     seen = []
@@ -474,14 +481,15 @@ def test_an_sd3_folder_is_a_teacher(sd3):
 
 
 def test_a_student_learns_from_an_sd3_folder(sd3, tmp_path):
-    exported = distill(
-        out=tmp_path / "run",
-        teacher=TeacherOptions(teacher=str(sd3), guidance=4.0),
-        config=TrainConfig(steps=2, batch_size=2, warmup=1, sample_every=100),
-        console=QUIET,
+    words = shlex.split(
+        "--guidance 4 --layers last:last:conv transformer_blocks.0:mid --scaling constant --kd-weight 0.5 "
+        "--steps 2 --batch-size 2 --warmup 1 --sample-every 100"
     )
+    exported = tyro.cli(distill, args=["-o", str(tmp_path / "run"), "--teacher", str(sd3), *words])
     there = io.read_json(tmp_path / "run" / "config.json")
-    assert there["layers"] == [["transformer_blocks.2", "up.0.layers.1.transformer", "linear"]]
+    last = ["transformer_blocks.2", "up.0.layers.1.transformer", "conv"]
+    assert there["layers"] == [last, ["transformer_blocks.0", "mid", "linear"]]
+    assert (there["scaling"], there["kd_weight"]) == ("constant", 0.5)
     assert there["guidance"] == 4.0 and (exported / "model_index.json").is_file()
 
 
@@ -494,7 +502,7 @@ def test_captions_embedded_beforehand_take_the_encoders_place(sd3, tmp_path):
     assert isinstance(cached.reader, CaptionStore)
     for ours, theirs in zip(cached.read(["two stars", ""]), whole.read(["two stars", ""]), strict=True):
         torch.testing.assert_close(ours, theirs)
-    with pytest.raises(ValueError, match="captions: .* has no embedding of 'three stars'"):
+    with pytest.raises(ValueError, match=r"captions: .* has no embedding of 'three stars'"):
         cached.read(["three stars"])
     file = stored_caption(tmp_path / "text", "two stars")
     file.write_bytes(file.read_bytes()[:-4])
@@ -505,7 +513,7 @@ def test_captions_embedded_beforehand_take_the_encoders_place(sd3, tmp_path):
     x_t, t = torch.randn(1, 8, 8, 8), torch.tensor([0.3])
     text = whole.read(["a red circle"])
     torch.testing.assert_close(bare.velocity(x_t, t, text)[0], whole.velocity(x_t, t, text)[0])
-    with pytest.raises(ValueError, match="captions: .* without text encoders"):
+    with pytest.raises(ValueError, match=r"captions: .* without text encoders"):
         load_teacher(sd3 / "transformer")
 
 
@@ -527,8 +535,6 @@ def test_damaged_teachers_are_named(sd3, tmp_path, monkeypatch):
         load_teacher(sd3, quantization="four")
     with pytest.raises(ValueError, match="cannot be dealt out"):
         load_teacher(sd3, quantization="torchao", sharded=True)
-    import shutil
-
     folder = tmp_path / "damaged"
     shutil.copytree(sd3, folder)
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -2,10 +2,11 @@
 
 min_G max_D  E log D_T(x_s) + E log(1 - D_T(x~_s))  +  S(L_task, L_kd)
 
-The student G is shown x_t at the times of its few Euler steps and says x~_0 = x_t - t v. Real x_0 and x~_0 are noised anew
-to a time s, and D_T judges them there: the frozen teacher, with a trained head after each of the chosen blocks. The
-paper's text leaves open which times, blocks, heads and form of the loss; here s is logit-normal as in pre-training, a
-head is three convolutions that judge every place of the grid, and the loss is the hinge loss or the non-saturating one.
+The student G is shown x_t at the times of its few Euler steps and says x~_0 = x_t - t v. Real x_0 and x~_0 are noised
+anew to a time s, and D_T judges them there: the frozen teacher, with a trained head after each of the chosen blocks.
+The paper's text leaves open which times, blocks, heads and form of the loss; here s is logit-normal as in pre-training,
+a head is three convolutions that judge every place of the grid, and the loss is the hinge loss or the non-saturating
+one.
 
 Guidance is folded into the student: L_kd has the teacher's guided velocity as its target, and the student is drawn
 without guidance: `pipe(prompt, num_inference_steps=4, guidance_scale=1)`.
@@ -20,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from snapgen import flow
 from snapgen.data.loader import Batch
@@ -42,7 +44,7 @@ class StepOptions:
         ValueError: a setting is not allowed.
     """
 
-    steps: int = 4
+    student_steps: int = 4
     """Euler steps that the student is to draw in: 1, 2, 4, 8 or any number."""
     gan: Literal["hinge", "non-saturating"] = "hinge"
     """The loss of student and heads."""
@@ -60,9 +62,9 @@ class StepOptions:
     """Weight gamma of the gradient penalty on real samples; 0 for none."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.head_width < 1:
-            name = "steps" if self.steps < 1 else "head_width"
-            raise ValueError(f"{name}: got {getattr(self, name)}; must be at least 1")
+        for name in ("student_steps", "head_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; must be at least 1")
         if self.gan not in LOSSES:
             raise ValueError(f"gan: got {self.gan!r}; allowed are {' and '.join(LOSSES)}")
         for name in ("gan_weight", "head_lr", "r1"):
@@ -100,7 +102,7 @@ class AdversarialDistillation:
         teacher: Teacher,
         student: nn.Module,
         *,
-        options: StepOptions = StepOptions(),  # noqa: B008 - frozen
+        options: StepOptions = StepOptions(),
         layers: Sequence[str] = (),
         scaling: Scaling = Scaling(),  # noqa: B008 - frozen
         record: Mapping[str, Any] | None = None,
@@ -121,7 +123,7 @@ class AdversarialDistillation:
         options = self.options
         return {
             "objective": "adversarial step distillation",
-            "distilled_steps": options.steps,
+            "student_steps": options.student_steps,
             "gan": options.gan,
             "gan_weight": options.gan_weight,
             "head_width": options.head_width,
@@ -137,7 +139,7 @@ class AdversarialDistillation:
 
     def phases(self, task: DenoiserTask) -> Sequence[Phase]:
         options = self.options
-        schedule = few_steps(options.steps, task.shift)
+        schedule = few_steps(options.student_steps, task.shift)
 
         def generator(batch: Batch, draws: Draws) -> tuple[Tensor, Figures]:
             return self.generator_loss(task, schedule, batch, draws)
@@ -181,6 +183,9 @@ class AdversarialDistillation:
             false = self._judged(task, drawn.x0, draws, text)
             true = self._judged(task, drawn.noised.x0, draws, text)
         if self.options.r1:
+            # FSDP's hooks know one backward pass; the gradients of a second are silently wrong.
+            if isinstance(task.modules["heads"], FSDPModule):
+                raise ValueError("r1: differentiates twice, which FSDP does not; train with --parallel ddp, or r1 0")
             true = [grid.requires_grad_() for grid in true]
         # Both at once, so that a data-parallel wrapper is called once.
         logits = task.call["heads"]([torch.cat(both) for both in zip(true, false, strict=True)])
@@ -221,7 +226,7 @@ class Heads(nn.Module):
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
-        groups = math.gcd(32, width)
+        groups = math.gcd(32, max(1, width // 4))
         self.heads = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(own, width, 1),
@@ -237,10 +242,8 @@ class Heads(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Logits [B, h * w] of each layer's features [B, C, h, w]."""
-        dtype = self.heads[0][0].weight.dtype  # type: ignore[index, union-attr]
-        return [
-            head(feature.to(dtype)).flatten(1) for head, feature in zip(self.heads, features, strict=True)
-        ]
+        dtype = self.heads[0][0].weight.dtype  # type: ignore[index]
+        return [head(feature.to(dtype)).flatten(1) for head, feature in zip(self.heads, features, strict=True)]
 
 
 def few_steps(steps: int, shift: float) -> Tensor:
@@ -291,7 +294,7 @@ def r1(real: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
         features: what they were computed from, requiring gradients.
     """
     gradients = torch.autograd.grad(mean_logit(real).sum(), list(features), create_graph=True)
-    return torch.stack([gradient.float().square().flatten(1).sum(1) for gradient in gradients]).sum(0)
+    return torch.stack([gradient.square().flatten(1).sum(1) for gradient in _wide(gradients)]).sum(0)
 
 
 def _wide(logits: Sequence[Tensor]) -> list[Tensor]:

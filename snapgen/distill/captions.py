@@ -30,9 +30,7 @@ class CaptionStore:
     def __call__(self, captions: Sequence[str]) -> TextEmbedding:
         found = [self._one(caption) for caption in captions]
         length = max(len(row["context"]) for row in found)
-        padded = [
-            {**row, **{name: _longer(row[name], length) for name in ("context", "mask")}} for row in found
-        ]
+        padded = [{**row, **{name: _longer(row[name], length) for name in ("context", "mask")}} for row in found]
         stacked = {name: torch.stack([row[name] for row in padded]).to(self.device) for name in padded[0]}
         return TextEmbedding(stacked["context"], stacked["mask"], stacked.get("pooled"))
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
+from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
 from snapgen import io
 from snapgen.config import SHIPPED, Preset, get_preset
@@ -65,17 +66,17 @@ class TeacherOptions:
 
 def distill(
     *,
-    out: Path,
-    teacher: TeacherOptions,
+    out: Annotated[Path, arg(aliases=["-o"])],
+    teacher: OmitArgPrefixes[TeacherOptions],
     preset: str = "tiny",
     data: str = "shapes",
     autoencoder: str = "tiny",
     student: str | None = None,
     output: bool = True,
     layers: tuple[str, ...] = ("last:last",),
-    scaling: Scaling = Scaling(),  # noqa: B008 - frozen
-    config: TrainConfig = TrainConfig(),  # noqa: B008
-    console: Console | None = None,
+    scaling: OmitArgPrefixes[Scaling] = Scaling(),  # noqa: B008 - frozen
+    config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008
+    console: Suppress[Fixed[Console | None]] = None,
 ) -> Path:
     """Train a denoiser on data and on a teacher's velocity and features. Run the same command again to resume.
 
@@ -105,21 +106,21 @@ def distill(
 
 def distill_steps(
     *,
-    out: Path,
+    out: Annotated[Path, arg(aliases=["-o"])],
     student: str,
-    teacher: TeacherOptions,
+    teacher: OmitArgPrefixes[TeacherOptions],
     preset: str = "tiny",
     data: str = "shapes",
     autoencoder: str = "tiny",
     layers: tuple[str, ...] = (),
-    options: StepOptions = StepOptions(),  # noqa: B008 - frozen
-    scaling: Scaling = Scaling(),  # noqa: B008
-    config: TrainConfig = TrainConfig(lr=1e-4),  # noqa: B008
-    console: Console | None = None,
+    options: OmitArgPrefixes[StepOptions] = StepOptions(),  # noqa: B008 - frozen
+    scaling: OmitArgPrefixes[Scaling] = Scaling(),  # noqa: B008
+    config: OmitArgPrefixes[TrainConfig] = TrainConfig(lr=1e-4),  # noqa: B008
+    console: Suppress[Fixed[Console | None]] = None,
 ) -> Path:
     """Teach a trained denoiser to draw in a few steps, without guidance. Run the same command again to resume.
 
-    Draw from it with `--steps 4 --guidance 1` (its own number of steps).
+    Draw from it with its own number of steps: `snapgen generate ... --steps 4 --guidance 1`.
 
     Args:
         out: The run's folder: checkpoints, sample grids, TensorBoard, and at the end export/.
@@ -139,13 +140,11 @@ def distill_steps(
     """
 
     def objective(taught: Teacher, denoiser: Any, record: dict[str, Any]) -> Objective:
-        return AdversarialDistillation(
-            taught, denoiser, options=options, layers=layers, scaling=scaling, record=record
-        )
+        return AdversarialDistillation(taught, denoiser, options=options, layers=layers, scaling=scaling, record=record)
 
     # Nobody draws from such a student with guidance, so it need not know the empty caption.
-    drawing = dict(caption_dropout=0.0, steps=options.steps, guidance=1.0)
-    return _run(preset, data, autoencoder, student, teacher, objective, config, out, console, **drawing)
+    words = (preset, data, autoencoder, student, teacher)
+    return _run(*words, objective, config, out, console, caption_dropout=0.0, steps=options.student_steps, guidance=1.0)
 
 
 def _run(
@@ -210,4 +209,3 @@ def starting_point(spec: Preset, student: str | None, words: Sequence[str]) -> t
     io.load_strictly(own, pipe.denoiser.state_dict(), student, f"the denoiser of preset {spec.name}")
     folder = SHIPPED / student if (SHIPPED / student).is_dir() else Path(student)
     return own, pipe.text_encoder, pipe.tokenizer, {"student": fingerprint(folder)}
-

@@ -166,7 +166,7 @@ def as_grid(output: Any, size: Sequence[int], name: str = "layer") -> Tensor:
 def averaged(grid: Tensor, size: Sequence[int]) -> Tensor:
     """A grid [B, C, H, W] averaged over the cells of a coarser one, `size` (h, w): [B, C, h, w], fp32.
 
-    A cell that lies in two of the coarser ones counts in each by the area there, and the mean is the same in both grids.
+    A cell that lies in two of the coarser ones counts in each by its area there, so that the mean stays the same.
     """
     if tuple(grid.shape[2:]) == tuple(size):
         return grid.float()
@@ -192,8 +192,8 @@ def feature_loss(teacher: Tensor, student: Tensor) -> Tensor:
     (_, wide, rows, columns), (_, own, height, width) = teacher.shape, student.shape
     if wide != own or rows * width != columns * height:
         raise ValueError(
-            f"features: the teacher's are {wide} channels of {rows}x{columns}, the student's {own} of {height}x{width}; "
-            f"channels must be equal, and grids of one aspect"
+            f"features: the teacher's are {wide} channels of {rows}x{columns}, the student's {own} of "
+            f"{height}x{width}; both must have as many channels, and grids of one aspect"
         )
     size = (min(rows, height), min(columns, width))
     difference = averaged(teacher, size) - averaged(student, size)

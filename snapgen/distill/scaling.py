@@ -2,9 +2,9 @@
 
 S(L_task, L_kd) = lambda(t) L_task + (1 - lambda(t)) |L_task| / |L_kd| L_kd
 
-per sample, with lambda(t) = Phi(rho(t)) of the logit-normal density rho of the training times. In the middle of the path
-real data weigh more, at both of its ends the teacher does. The quotient brings the teacher's loss to the task's size and
-has no gradient. The paper does not say what the normalisation Phi is; ours is rho over its maximum.
+per sample, with lambda(t) = Phi(rho(t)) of the logit-normal density rho of the training times. In the middle of the
+path real data weigh more, at both of its ends the teacher does. The quotient brings the teacher's loss to the task's
+size and has no gradient. The paper does not say what the normalisation Phi is; ours is rho over its maximum.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ class Scaling:
     """
 
     scaling: Literal["timestep", "constant"] = "timestep"
-    """By time, as above, or with one weight for all times: L_task + weight * L_kd."""
-    weight: float = 1.0
+    """By time, as above, or with one weight for all times: L_task + kd_weight * L_kd."""
+    kd_weight: float = 1.0
     """Of the distillation loss where the scaling is constant."""
 
     def __post_init__(self) -> None:
         if self.scaling not in ("timestep", "constant"):
             raise ValueError(f"scaling: got {self.scaling!r}; allowed are timestep and constant")
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"weight: got {self.weight}; must be finite and not negative")
+        if not (math.isfinite(self.kd_weight) and self.kd_weight >= 0):
+            raise ValueError(f"kd_weight: got {self.kd_weight}; must be finite and not negative")
 
     def __call__(self, task: Tensor, distilled: Tensor, t: Tensor) -> Tensor:
         """Both losses [B] at times t [B] as one: [B]."""
         if self.scaling == "timestep":
             return scaled(task, distilled, phi(t))
-        return task + self.weight * distilled
+        return task + self.kd_weight * distilled
 
     def record(self) -> dict[str, Any]:
         """What decides the weights, for JSON."""
-        return {"scaling": self.scaling, "weight": self.weight}
+        return {"scaling": self.scaling, "kd_weight": self.kd_weight}

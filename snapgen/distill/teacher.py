@@ -102,7 +102,10 @@ class Teacher:
         if self._empty is None:
             self._empty = self.reader([""])
         batch = len(x_t)
-        empty = TextEmbedding(*(p if p is None else p.expand(batch, *p.shape[1:]) for p in self._empty))
+        context, mask, pooled = self._empty
+        empty = TextEmbedding(
+            context.expand(batch, -1, -1), mask.expand(batch, -1), None if pooled is None else pooled.expand(batch, -1)
+        )
         unconditional, _ = self._run(x_t, t, empty)
         return torch.lerp(unconditional, conditional, self.guidance), features
 
