@@ -1,8 +1,9 @@
 """Every preset, in one table.
 
-A preset is a set of keyword arguments: `denoiser` for `snapgen.unet.SnapGenUNet`, `decoder` for
-`snapgen.decoder.TinyDecoder`, `encoder` for `TinyEncoder` beside it (only where we train one ourselves; the
-large presets encode with the frozen SD3 autoencoder), `text` for the text encoders. Nothing else configures a model.
+A preset is a set of keyword arguments: `denoiser` for `snapgen.unet.SnapGenUNet` (or, with a `patch_size`, for
+`snapgen.mmdit.MMDiT`), `decoder` for `snapgen.decoder.TinyDecoder`, `encoder` for `TinyEncoder` beside it (only where
+we train one ourselves; the large presets encode with the frozen SD3 autoencoder), `text` for the text encoders. Nothing
+else configures a model.
 
 Sources: SnapGen (CVPR 2025), the authors' slides for parameter and FLOP counts. What the paper leaves open (width of
 the time embedding, depth of the middle block, side of the first stage's cross-attention) is fitted to those counts; see
@@ -62,6 +63,10 @@ _FULL = dict(
     rope=True,
 )
 
+_TINY_DECODER = dict(latent_channels=8, channels=(96, 64, 48, 32), blocks=(2, 2, 1, 1), expansion=2, norm_groups=16)
+_TINY_ENCODER = dict(latent_channels=8, channels=(96, 64), blocks=(2, 2), expansion=2, norm_groups=16)
+_TINY_TEXT = dict(hidden_size=128, layers=2, heads=4, max_tokens=16)
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -90,15 +95,28 @@ PRESETS: dict[str, Preset] = {
                 rope=True,
                 norm_groups=16,
             ),
-            decoder=dict(
-                latent_channels=8,
-                channels=(96, 64, 48, 32),
-                blocks=(2, 2, 1, 1),
-                expansion=2,
-                norm_groups=16,
+            decoder=_TINY_DECODER,
+            encoder=_TINY_ENCODER,
+            text=_TINY_TEXT,
+        ),
+        Preset(
+            name="tiny-teacher",
+            about="a transformer of SD3's kind on the latents of tiny, to teach it; trains in the same way",
+            resolution=64,
+            denoiser=dict(
+                sample_size=8,
+                in_channels=8,
+                patch_size=1,
+                num_layers=6,
+                num_heads=4,
+                head_dim=64,
+                context_dim=128,
+                pooled_dim=128,
+                context_tokens=16,
             ),
-            encoder=dict(latent_channels=8, channels=(96, 64), blocks=(2, 2), expansion=2, norm_groups=16),
-            text=dict(hidden_size=128, layers=2, heads=4, max_tokens=16),
+            decoder=_TINY_DECODER,
+            encoder=_TINY_ENCODER,
+            text=_TINY_TEXT,
         ),
         Preset(
             name="digits",

@@ -59,10 +59,10 @@ def count(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Count]:
 
 def denoiser_counts(flags: dict[str, Any], latent: int | None = None) -> dict[str, Count]:
     """Counts of a denoiser with constructor arguments `flags` at a square latent of side `latent`."""
-    from snapgen.unet import SnapGenUNet
+    from snapgen.mmdit import make_denoiser
 
     with torch.device("meta"):
-        model = SnapGenUNet(**flags)
+        model: Any = make_denoiser(flags)
         config = model.config
         side = latent or config.sample_size
         pooled = None if config.pooled_dim is None else torch.empty(1, config.pooled_dim)
@@ -70,7 +70,7 @@ def denoiser_counts(flags: dict[str, Any], latent: int | None = None) -> dict[st
             model,
             torch.empty(1, config.in_channels, side, side),
             torch.zeros(1),
-            torch.empty(1, TEXT_TOKENS, config.context_dim),
+            torch.empty(1, getattr(config, "context_tokens", TEXT_TOKENS), config.context_dim),
             pooled_projections=pooled,
         )
 

@@ -107,8 +107,8 @@ class SnapGenPipeline(DiffusionPipeline):
         if "torch_dtype" not in options:
             options.setdefault("dtype", torch.float32)
         # diffusers builds our components by module name, but only from modules that are imported already.
-        importlib.import_module("snapgen.unet")
-        importlib.import_module("snapgen.decoder")
+        for module in _own_modules(folder):
+            importlib.import_module(module)
         pipe = super().from_pretrained(str(folder) if folder.is_dir() else path, **options)
         if folder.is_dir():
             own = ("denoiser", "decoder", "encoder", *(("text_encoder",) if pipe.config.joint_text else ()))
@@ -243,7 +243,8 @@ class SnapGenPipeline(DiffusionPipeline):
     @property
     def unit(self) -> int:
         """Height and width of a picture are multiples of this many pixels."""
-        return self.decoder.upscale << (len(self.denoiser.config.channels) - 1)
+        config = self.denoiser.config
+        return self.decoder.upscale * (config.get("patch_size") or 1 << (len(config.channels) - 1))
 
     def _cells(self, name: str, pixels: int | None, upscale: int) -> int:
         if pixels is None:
@@ -307,6 +308,15 @@ def load(checkpoint: str | os.PathLike) -> SnapGenPipeline:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     return SnapGenPipeline.from_pretrained(checkpoint)
+
+
+def _own_modules(folder: Path) -> set[str]:
+    """Which of our modules a saved pipeline takes components from; all where there is no folder to look into."""
+    ours = {"snapgen.unet", "snapgen.mmdit", "snapgen.decoder"}
+    if not folder.is_dir():
+        return ours
+    index = io.read_json(folder / "model_index.json")
+    return ours & {entry[0] for entry in index.values() if isinstance(entry, list)}
 
 
 def _check_complete(module: torch.nn.Module, folder: Path) -> None:

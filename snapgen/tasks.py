@@ -131,6 +131,7 @@ class DenoiserTask:
         objective: the loss; flow matching unless given.
         prompts: for the sample grid.
         shift: of the timesteps; the preset's unless given.
+        steps, guidance: how the sample grid is drawn.
     """
 
     name = "denoiser"
@@ -146,8 +147,11 @@ class DenoiserTask:
         objective: Objective | None = None,
         prompts: Sequence[str] = (),
         shift: float | None = None,
+        steps: int = 28,
+        guidance: float = 4.0,
     ) -> None:
         self.preset = preset
+        self.steps, self.guidance = steps, guidance
         self.objective: Objective = objective or FlowMatching()
         self.text = text
         self.modules: dict[str, Any] = {"denoiser": denoiser, **text.modules, **self.objective.modules}
@@ -231,7 +235,10 @@ class DenoiserTask:
         pipe = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         pictures = pipe(
-            list(self.prompts), num_inference_steps=28, generator=torch.Generator().manual_seed(seed)
+            list(self.prompts),
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance,
+            generator=torch.Generator().manual_seed(seed),
         ).images
         save_grid(pictures, path, captions=self.prompts)
 
@@ -311,7 +318,7 @@ def build_autoencoder(preset: Preset) -> tuple[nn.Module, nn.Module]:
 
 def build_denoiser(preset: Preset, words: Sequence[str]) -> tuple[nn.Module, nn.Module, Any]:
     """Denoiser, text encoder and tokenizer of a preset that trains its own text encoder, with fresh weights."""
-    from snapgen.unet import SnapGenUNet
+    from snapgen.mmdit import make_denoiser
 
     tokenizer, text_encoder = build_tiny_text(words, **preset.text)
-    return SnapGenUNet(**preset.denoiser), text_encoder, tokenizer
+    return make_denoiser(preset.denoiser), text_encoder, tokenizer
