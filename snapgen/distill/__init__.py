@@ -1,0 +1,1 @@
+"""Distillation: objectives and tasks for the loop in `snapgen.train`."""
