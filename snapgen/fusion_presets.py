@@ -2,10 +2,11 @@
 
 Blocks per stage are SnapFusion's table 3 ("RA": a residual and a cross-attention block, see `snapgen.fusion_unet`).
 What the table calls Mid, at 1/64, is SD's last down stage, its middle and its first up stage. Its four residual blocks
-stand in the middle and on the way up, where three read the last down stage's skips: of all arrangements the one with
-the most parameters. Built of SD's blocks the table has 777M, and in no arrangement more, where the paper says 848M. So
-there are two presets: `snapfusion-table` has the table's blocks, `snapfusion` the stated parameters, by two further
-cross-attention blocks in the first up stage (8 for the table's 6), which is our choice.
+stand in the middle and on the way up, where three read the last down stage's skips: of the arrangements that SD's
+topology allows the one with the most parameters. Built of SD's blocks the table has 777M, and could in no way have more
+than 796M, where the paper says 848M. So there are two presets: `snapfusion-table` has the table's blocks, `snapfusion`
+the stated parameters, by two further cross-attention blocks in the first up stage (8 for the table's 6), which is our
+choice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from snapgen.config import PRESETS, Preset
 _SD = dict(sample_size=64, in_channels=4, channels=(320, 640, 1280, 1280), context_dim=768)
 _CLIP = dict(encoders=("clip-l",), max_tokens=77)
 _DECODER = dict(PRESETS["imagenet-256"].decoder)  # our tiny decoder in SD's latents; SD's own is a KLDecoder
-_DOWN = (("R", "R"), ("RA", "RA"), ("RAA", ), ("", ""))  # fmt: skip
+_DOWN = (("R", "R"), ("RA", "RA"), ("RAA",), ("", ""))
 _UP_HIGH = (("RA", "RA", "RA"), ("R", "R", "R"))
 
 
@@ -54,7 +55,7 @@ FUSION_PRESETS: dict[str, Preset] = {
             target_params=860e6,
         ),
         _efficient("snapfusion", "SnapFusion's efficient UNet, fitted to its 848M", ("RAAAA", "RAAAA"), 848e6),
-        _efficient("snapfusion-table", "SnapFusion's efficient UNet by the blocks of its table", ("RAAA", "RAAA"), None),
+        _efficient("snapfusion-table", "SnapFusion's efficient UNet, by its table", ("RAAA", "RAAA"), None),
         Preset(
             name="tiny-fusion",
             about="the same kind of net for the shapes world, in the latents of `tiny`",

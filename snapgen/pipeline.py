@@ -33,9 +33,9 @@ class SnapGenPipeline(DiffusionPipeline):
     which only models with latents of their own have, for training.
 
     Args:
-        denoiser: `SnapGenUNet`.
-        decoder: `TinyDecoder`.
-        scheduler: diffusers' flow-match Euler.
+        denoiser: `SnapGenUNet`, or `FusionUNet`.
+        decoder: `TinyDecoder`, or `KLDecoder`.
+        scheduler: diffusers' flow-match Euler; for `FusionUNet`, its DDIM (`snapgen.vp.make_scheduler`).
         text_encoder, tokenizer: CLIP-L, or with `joint_text` the tiny CLIP that was trained with the denoiser.
         text_encoder_2, tokenizer_2: CLIP-G.
         text_encoder_3, tokenizer_3: Gemma-2-2b.
@@ -107,8 +107,8 @@ class SnapGenPipeline(DiffusionPipeline):
         if "torch_dtype" not in options:
             options.setdefault("dtype", torch.float32)
         # diffusers builds our components by module name, but only from modules that are imported already.
-        importlib.import_module("snapgen.unet")
-        importlib.import_module("snapgen.decoder")
+        for module in ("snapgen.unet", "snapgen.fusion_unet", "snapgen.decoder", "snapgen.kl_decoder"):
+            importlib.import_module(module)
         pipe = super().from_pretrained(str(folder) if folder.is_dir() else path, **options)
         if folder.is_dir():
             own = ("denoiser", "decoder", "encoder", *(("text_encoder",) if pipe.config.joint_text else ()))

@@ -53,7 +53,7 @@ def step_times(steps: int) -> list[int]:
     """
     if not 1 <= steps <= TIMES:
         raise ValueError(f"steps: got {steps}; must be in 1 to {TIMES}")
-    return [int(time) - 1 for time in np.round(np.arange(TIMES, 0, -TIMES / steps))] + [CLEAN]
+    return [int(time) - 1 for time in np.round(np.arange(TIMES, 0, -TIMES / steps))[:steps]] + [CLEAN]
 
 
 class Schedule:
@@ -65,10 +65,10 @@ class Schedule:
         self._a, self._s = alphas.sqrt().float(), (1 - alphas).sqrt().float()
 
     def rates(self, t: Tensor, like: Tensor) -> Rates:
-        """a_t and s_t of integer times t [B], on the device of `like` [B, ...] and with as many axes."""
-        places = (t + 1).cpu()
+        """a_t and s_t of integer times t [B], with as many axes as `like` [B, ...]."""
+        self._a, self._s = self._a.to(t.device), self._s.to(t.device)
         shape = (-1, *(1,) * (like.ndim - 1))
-        return Rates(*(table[places].view(shape).to(like.device) for table in (self._a, self._s)))
+        return Rates(*(table[t + 1].view(shape) for table in (self._a, self._s)))
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """z_t = a x + s eps."""
