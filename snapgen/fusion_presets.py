@@ -4,7 +4,7 @@ Blocks per stage are SnapFusion's table 3 ("RA": a residual and a cross-attentio
 What the table calls Mid, at 1/64, is SD's last down stage, its middle and its first up stage. Its four residual blocks
 stand in the middle and on the way up, where three read the last down stage's skips: of the arrangements that SD's
 topology allows the one with the most parameters. Built of SD's blocks the table has 777M, and could in no way have more
-than 796M, where the paper says 848M. So there are two presets: `snapfusion-table` has the table's blocks, `snapfusion`
+than 786M, where the paper says 848M. So there are two presets: `snapfusion-table` has the table's blocks, `snapfusion`
 the stated parameters, by two further cross-attention blocks in the first up stage (8 for the table's 6), which is our
 choice.
 """
