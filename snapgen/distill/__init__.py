@@ -1,1 +1,1 @@
-"""Distillation: objectives and tasks for the loop in `snapgen.train`."""
+"""Distillation: a student that learns from a teacher of another architecture, and then to draw in a few steps."""
