@@ -222,5 +222,6 @@ def edited(net: FusionUNet, *, drop: Iterable[str] = (), copy: Iterable[str] = (
         weights[name] = own[name_there]
     new.load_state_dict(weights)
     first = next(net.parameters())
-    new = new.to(device=first.device, dtype=first.dtype)
+    # diffusers warns of a dtype that is asked for, also where it is the one that is there.
+    new = new.to(first.device if first.dtype == torch.float32 else first)
     return new.train(net.training)

@@ -1,4 +1,4 @@
-"""Stable Diffusion's decoder alone, called like the tiny one, and of any width."""
+"""Stable Diffusion's autoencoder in two: the decoder, called like the tiny one and of any width, and the encoder."""
 
 from __future__ import annotations
 
@@ -109,3 +109,15 @@ class KLDecoder(ModelMixin, ConfigMixin):
         if progress is not None:
             progress(1, 1)
         return pictures
+
+
+class KLEncoder(nn.Module):
+    """The encoder of a diffusers AutoencoderKL, called like `TinyEncoder`: pictures [B, 3, 8H, 8W] in [-1, 1] to the
+    mean of their unscaled latents [B, latent_channels, H, W]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.vae.encode(pictures).latent_dist.mode()
