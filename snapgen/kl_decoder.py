@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor, nn
 
 
@@ -59,10 +59,7 @@ class KLDecoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: it is an autoencoder of another kind.
         """
-        config = vae.config
-        kinds = set(config.up_block_types) - {"UpDecoderBlock2D"}
-        if type(vae).__name__ != "AutoencoderKL" or kinds or config.act_fn != "silu":
-            raise ValueError(f"vae: got a {type(vae).__name__} of {', '.join(kinds) or config.act_fn}; must be SD's")
+        config = _checked(vae).config
         own = cls(
             latent_channels=config.latent_channels,
             channels=tuple(config.block_out_channels),
@@ -111,13 +108,72 @@ class KLDecoder(ModelMixin, ConfigMixin):
         return pictures
 
 
-class KLEncoder(nn.Module):
-    """The encoder of a diffusers AutoencoderKL, called like `TinyEncoder`: pictures [B, 3, 8H, 8W] in [-1, 1] to the
-    mean of their unscaled latents [B, latent_channels, H, W]."""
+class KLEncoder(ModelMixin, ConfigMixin):
+    """The encoder of diffusers' AutoencoderKL, called like `TinyEncoder`: pictures [B, 3, 8H, 8W] in [-1, 1] to the
+    mean of their unscaled latents [B, latent_channels, H, W] (8 for four stages).
 
-    def __init__(self, vae: Any) -> None:
+    Args:
+        latent_channels, channels, layers_per_block, norm_groups, mid_attention: as of `KLDecoder`.
+        quant_conv: whether a 1x1 convolution stands behind all else.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        latent_channels: int = 4,
+        channels: tuple[int, ...] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        norm_groups: int = 32,
+        quant_conv: bool = True,
+        mid_attention: bool = True,
+    ) -> None:
         super().__init__()
-        self.vae = vae
+        self.encoder = Encoder(
+            in_channels=3,
+            out_channels=latent_channels,
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            block_out_channels=tuple(channels),
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_groups,
+            mid_block_add_attention=mid_attention,
+            double_z=True,
+        )
+        self.quantized: Any = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant_conv else None
+
+    @classmethod
+    def from_vae(cls, vae: Any) -> KLEncoder:
+        """The encoder of a diffusers AutoencoderKL, with its weights.
+
+        Raises:
+            ValueError: it is an autoencoder of another kind.
+        """
+        config = _checked(vae).config
+        own = cls(
+            latent_channels=config.latent_channels,
+            channels=tuple(config.block_out_channels),
+            layers_per_block=config.layers_per_block,
+            norm_groups=config.norm_num_groups,
+            quant_conv=vae.quant_conv is not None,
+            mid_attention=config.mid_block_add_attention,
+        )
+        own.encoder.load_state_dict(vae.encoder.state_dict())
+        if own.quantized is not None:
+            own.quantized.load_state_dict(vae.quant_conv.state_dict())
+        return own
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.vae.encode(pictures).latent_dist.mode()
+        """Encode pictures [B, 3, H, W]; H and W multiples of the downscale."""
+        moments = self.encoder(pictures)
+        return (moments if self.quantized is None else self.quantized(moments)).chunk(2, dim=1)[0]
+
+
+def _checked(vae: Any) -> Any:
+    config = vae.config
+    kinds = {*config.up_block_types, *config.down_block_types} - {"UpDecoderBlock2D", "DownEncoderBlock2D"}
+    if type(vae).__name__ != "AutoencoderKL" or kinds or config.act_fn != "silu":
+        raise ValueError(
+            f"vae: got a {type(vae).__name__} of {', '.join(sorted(kinds)) or config.act_fn}; must be one of Stable "
+            f"Diffusion's kind"
+        )
+    return vae

@@ -130,10 +130,15 @@ class SnapGenPipeline(DiffusionPipeline):
         Raises:
             ValueError: a prompt is too long for every encoder, or there is no encoder.
         """
+        if not self.config.joint_text:
+            self._check_lengths(prompts)
+        return self.embed(prompts)
+
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Embed prompts; what of them is too long for the large text encoders is left out."""
         device = self._execution_device
         if self.config.joint_text:
             return encode_tiny(self.tokenizer, self.text_encoder, prompts, device)
-        self._check_lengths(prompts)
         clips = [
             (tokenizer, encoder)
             for tokenizer, encoder in (

@@ -9,8 +9,10 @@ from snapgen.data.shapes import VOCABULARY
 from snapgen.distill.snapfusion import FrozenText, FusionTask
 from snapgen.fusion_presets import FUSION_PRESETS, build_fusion
 from snapgen.fusion_unet import FusionUNet
+from snapgen.pipeline import SnapGenPipeline
 from snapgen.tasks import JointText, build_autoencoder
 from snapgen.text import build_tiny_text
+from snapgen.vp import make_scheduler
 
 SMALL_FUSION = Preset(
     name="small-fusion",
@@ -44,10 +46,15 @@ def fusion_task(objective=None, *, frozen: bool = False, net: nn.Module | None =
     encoder, decoder = build_autoencoder(SMALL_FUSION)
     tokenizer, text_encoder = build_tiny_text(VOCABULARY, **SMALL_FUSION.text)
     others = {} if objective is None else {"objective": objective}
+    net = net or small_fusion()
+    text = JointText(tokenizer, text_encoder)
+    if frozen:
+        parts = dict(tokenizer=tokenizer, text_encoder=text_encoder, joint_text=True)
+        text = FrozenText(SnapGenPipeline(net, decoder, make_scheduler(), **parts))
     return FusionTask(
         SMALL_FUSION,
-        denoiser=net or small_fusion(),
-        text=(FrozenText if frozen else JointText)(tokenizer, text_encoder),
+        denoiser=net,
+        text=text,
         encoder=encoder,
         decoder=decoder,
         prompts=("a red circle", "two stars"),

@@ -373,7 +373,7 @@ def test_pruning_finds_the_channels_that_nobody_reads(kind):
             assert torch.allclose(large(latents), small(latents), atol=1e-4)
         assert {name: value for name, value in pruned.config.items() if not name.startswith("_")} == config
         assert all(torch.equal(w, small.state_dict()[name]) for name, w in pruned.state_dict().items())
-        assert torch.equal(pruned(latents), small(latents))
+        assert torch.allclose(pruned(latents), small(latents), atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [tiny_decoder, kl_decoder])
@@ -437,7 +437,8 @@ def test_sds_decoder_alone_is_the_autoencoders(tmp_path):
     with torch.no_grad():
         assert torch.equal(decoder(latents), whole.decode(latents).sample)
         assert torch.equal(decoder.decode(latents * 0.18215), decoder(latents * 0.18215 / 0.18215))
-        assert torch.equal(KLEncoder(whole)(pictures), whole.encode(pictures).latent_dist.mode())
+        encoder = KLEncoder.from_vae(whole).eval()
+        assert torch.equal(encoder(pictures), whole.encode(pictures).latent_dist.mode())
     decoder.save_pretrained(tmp_path)
     again = KLDecoder.from_pretrained(tmp_path)
     with torch.no_grad():

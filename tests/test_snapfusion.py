@@ -280,7 +280,7 @@ def test_gradients_reach_the_student_alone(probability):
     images, captions = data().batch(range(2))
     phase.loss(Batch(images=images, captions=captions), Draws(0, 0, range(2)))[0].backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in task.modules["denoiser"].parameters())
-    frozen = [objective.teacher, task.encoder, task.decoder, task.text.encoder]
+    frozen = [objective.teacher, task.encoder, task.decoder, task.text.pipe.text_encoder]
     assert all(p.grad is None and not p.requires_grad for net in frozen for p in net.parameters())
 
 

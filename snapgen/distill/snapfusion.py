@@ -22,34 +22,37 @@ from snapgen.text import TextEmbedding, encode_tiny
 
 
 class FrozenText:
-    """The tiny CLIP of a trained pipeline, as it is: what a teacher reads, its student has to read too.
+    """The text encoders of a pipeline as they are: what a teacher reads, its student has to read too.
 
     Args:
+        pipe: a `SnapGenPipeline`.
         caption_dropout: share of captions replaced by the empty one, so that the student learns that too.
     """
 
     modules: dict[str, nn.Module] = {}  # noqa: RUF012 - an empty one, for all
 
-    def __init__(self, tokenizer: Any, encoder: nn.Module, *, caption_dropout: float = 0.1) -> None:
-        self.tokenizer = tokenizer
-        self.encoder = encoder.requires_grad_(False).eval()
-        self.caption_dropout = caption_dropout
+    def __init__(self, pipe: Any, *, caption_dropout: float = 0.1) -> None:
+        self.pipe, self.caption_dropout = pipe, caption_dropout
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if getattr(pipe, name) is not None:
+                getattr(pipe, name).requires_grad_(False).eval()
 
     def embed(
         self, batch: Batch, draws: Draws, call: Mapping[str, nn.Module], device: torch.device
     ) -> tuple[TextEmbedding, list[str]]:
         """The batch's captions embedded, and what dropout left of them."""
         _, captions = _dropout(batch.captions, draws, self.caption_dropout)
-        return self.read(captions, device), captions
+        return self.read(captions), captions
 
     @torch.no_grad()
-    def read(self, captions: Sequence[str], device: torch.device) -> TextEmbedding:
+    def read(self, captions: Sequence[str]) -> TextEmbedding:
         """Captions embedded."""
-        return encode_tiny(self.tokenizer, self.encoder, captions, device)
+        return self.pipe.embed(captions)
 
     def components(self) -> dict[str, Any]:
         """What a pipeline is given."""
-        return dict(tokenizer=self.tokenizer, text_encoder=self.encoder, joint_text=True)
+        parts = {name: part for name, part in self.pipe.components.items() if name.startswith(("text", "token"))}
+        return dict(parts, joint_text=self.pipe.config.joint_text, max_tokens=self.pipe.config.max_tokens)
 
 
 class FusionTask(DenoiserTask):
@@ -93,7 +96,7 @@ class FusionTask(DenoiserTask):
             )
         if isinstance(self.text, JointText):
             return encode_tiny(self.text.tokenizer, self.call["text_encoder"], [""] * count, device)
-        return self.text.read([""] * count, device)
+        return self.text.read([""] * count)
 
     def pipeline(self, modules: Mapping[str, nn.Module]) -> Any:
         pipe = super().pipeline(modules)
