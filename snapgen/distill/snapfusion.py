@@ -257,7 +257,7 @@ class BlockSkipping:
         )
 
     def record(self) -> dict[str, Any]:
-        return {**self.objective.record(), "keep": self.keep}
+        return {**self.objective.record(), "keep_blocks": self.keep}
 
 
 def velocity(net: nn.Module, z: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
