@@ -11,9 +11,15 @@ choice.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from snapgen.config import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from snapgen.info import Count
 
 _SD = dict(sample_size=64, in_channels=4, channels=(320, 640, 1280, 1280), context_dim=768)
 _CLIP = dict(encoders=("clip-l",), max_tokens=77)
@@ -96,3 +102,21 @@ def build_fusion(preset: Preset, **changes: Any) -> Any:
     from snapgen.fusion_unet import FusionUNet
 
     return FusionUNet(**{**preset.denoiser, **changes})
+
+
+def fusion_counts(config: Mapping[str, Any]) -> dict[str, Count]:
+    """Parameters and multiply-accumulates of the denoiser with these arguments and of its parts, by name; "" is all."""
+    from snapgen.fusion_unet import FusionUNet
+    from snapgen.info import TEXT_TOKENS, count
+
+    with torch.device("meta"):
+        net = FusionUNet(**{name: value for name, value in config.items() if not name.startswith("_")})
+        own = net.config
+        pooled = None if own.pooled_dim is None else torch.empty(1, own.pooled_dim)
+        return count(
+            net,
+            torch.empty(1, own.in_channels, own.sample_size, own.sample_size),
+            torch.zeros(1),
+            torch.empty(1, TEXT_TOKENS, own.context_dim),
+            pooled_projections=pooled,
+        )

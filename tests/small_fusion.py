@@ -6,7 +6,7 @@ from torch import nn
 
 from snapgen.config import Preset
 from snapgen.data.shapes import VOCABULARY
-from snapgen.distill.snapfusion import FrozenText, FusionTask
+from snapgen.distill.snapfusion import FusionTask, PipelineText
 from snapgen.fusion_presets import FUSION_PRESETS, build_fusion
 from snapgen.fusion_unet import FusionUNet
 from snapgen.pipeline import SnapGenPipeline
@@ -50,7 +50,7 @@ def fusion_task(objective=None, *, frozen: bool = False, net: nn.Module | None =
     text = JointText(tokenizer, text_encoder)
     if frozen:
         parts = dict(tokenizer=tokenizer, text_encoder=text_encoder, joint_text=True)
-        text = FrozenText(SnapGenPipeline(net, decoder, make_scheduler(), **parts))
+        text = PipelineText(SnapGenPipeline(net, decoder, make_scheduler(), **parts))
     return FusionTask(
         SMALL_FUSION,
         denoiser=net,

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from snapgen import io
 from snapgen.decoder import TinyDecoder
-from snapgen.distill import fusion_command
+from snapgen.distill import fusion_command, fusion_runs
 from snapgen.distill.fusion_command import (
     distill_decoder,
     distill_fusion,
@@ -30,9 +30,13 @@ from snapgen.text import build_tiny_text
 QUICK = ["--steps", "2", "--batch-size", "2", "--warmup", "1", "--save-every", "1", "--sample-every", "99"]
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr(fusion_command, "console", QUIET)
+@pytest.fixture(autouse=True, scope="module")
+def quiet():
+    """No output, and grids of one picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusion_command, "console", QUIET)
+        patch.setattr(fusion_runs, "_prompts", lambda: ["a red circle"])
+        yield
 
 
 def run(command, *words):
@@ -40,13 +44,10 @@ def run(command, *words):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, quiet):
     """A denoiser of `tiny-fusion`, trained for two steps."""
     out = tmp_path_factory.mktemp("fusion") / "run"
-    before = fusion_command.console
-    fusion_command.console = QUIET
     run(train_fusion, "-o", out, "--keep-blocks", "0.8", *QUICK)
-    fusion_command.console = before
     return out / "export"
 
 

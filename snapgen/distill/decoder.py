@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +15,12 @@ from snapgen import io
 from snapgen.config import Preset
 from snapgen.data.loader import Batch
 from snapgen.data.shapes import MIXES, SKILLS, captions
+from snapgen.distill.fusion_settings import DecoderConfig
 from snapgen.distill.perceptual import PatchDiscriminator, VGG16Features, hinge_discriminator, hinge_generator
 from snapgen.metrics.pictures import psnr, ssim
 from snapgen.sampler import sample
 from snapgen.seeds import Draws
 from snapgen.tasks import Figures, Phase
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """How a decoder is compared with pictures. The paper gives no weights; these are our choice."""
-
-    l1: float = 1.0
-    """Weight of the mean absolute error."""
-    l2: float = 1.0
-    """Weight of the mean squared error."""
-    perceptual: float = 0.0
-    """Weight of the distance of VGG16's features; needs `vgg`."""
-    vgg: Path | None = None
-    """Safetensors of torchvision's vgg16, for `perceptual`."""
-    adversarial: float = 0.0
-    """Weight of the patch discriminator's hinge loss."""
-    adversarial_from: int = 0
-    """Step from which the decoder sees the discriminator, which learns from the start."""
-    discriminator_width: int = 64
-    """Channels of the discriminator's first layer."""
-    crops: tuple[tuple[int, int], ...] = ()
-    """(First step, side in pixels) of square crops, in order; whole pictures before the first and with none."""
-
-    def __post_init__(self) -> None:
-        for name in ("l1", "l2", "perceptual", "adversarial"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}; must not be negative")
-        if self.l1 + self.l2 + self.perceptual == 0:
-            raise ValueError("l1, l2, perceptual: all are 0; nothing would hold the pictures to the real ones")
-        if self.perceptual and self.vgg is None:
-            raise ValueError(
-                "vgg: got none; perceptual needs a safetensors file with the weights of torchvision's vgg16 "
-                "(in an environment with torchvision: safetensors.torch.save_file(torchvision.models.vgg16(weights="
-                '"IMAGENET1K_V1").state_dict(), "vgg16.safetensors"))'
-            )
-        steps = [step for step, _ in self.crops]
-        if steps != sorted(set(steps)) or any(step < 0 for step in steps):
-            raise ValueError(f"crops: got {self.crops}; the first steps must rise from 0 or more")
-
-    def crop(self, step: int) -> int | None:
-        """The side of step `step`'s crops; None for whole pictures."""
-        return next((side for first, side in reversed(self.crops) if step >= first), None)
 
 
 class DecoderTask:

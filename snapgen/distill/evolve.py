@@ -12,31 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from snapgen import io
+from snapgen.distill.fusion_settings import EvolveConfig
 from snapgen.distill.latency import LatencyTable
 from snapgen.fusion_unet import FusionUNet
 from snapgen.fusion_weights import edited
 
 Quality = Callable[[FusionUNet], float]
 Training = Callable[[FusionUNet, Path], FusionUNet]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvolveConfig:
-    """How to evolve."""
-
-    latency: float
-    """Milliseconds of one forward pass to come down to, by the latency table."""
-    rounds: int = 8
-    """Rounds of robust training and evolution."""
-    group: int = 2
-    """Blocks dropped or added in a round, at most."""
-
-    def __post_init__(self) -> None:
-        if not self.latency > 0:
-            raise ValueError(f"latency: got {self.latency}; must be positive")
-        for name in ("rounds", "group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; must be at least 1")
 
 
 @dataclass(frozen=True)

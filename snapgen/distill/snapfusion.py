@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from snapgen.flow import per_sample
 from snapgen.fusion_unet import FusionUNet
 from snapgen.sampler import concatenate
 from snapgen.seeds import Draws
-from snapgen.tasks import CachedText, DenoiserTask, Figures, JointText, Loss, Noised, Phase, _dropout
+from snapgen.tasks import CachedText, DenoiserTask, Figures, JointText, Loss, Noised, Phase
 from snapgen.text import TextEmbedding, encode_tiny
 
 
-class FrozenText:
+class PipelineText:
     """The text encoders of a pipeline as they are: what a teacher reads, its student has to read too.
 
     Args:
@@ -41,7 +42,8 @@ class FrozenText:
         self, batch: Batch, draws: Draws, call: Mapping[str, nn.Module], device: torch.device
     ) -> tuple[TextEmbedding, list[str]]:
         """The batch's captions embedded, and what dropout left of them."""
-        _, captions = _dropout(batch.captions, draws, self.caption_dropout)
+        dropped = draws.chosen(self.caption_dropout)
+        captions = ["" if drop else caption for caption, drop in zip(batch.captions, dropped, strict=True)]
         return self.read(captions), captions
 
     @torch.no_grad()
@@ -53,6 +55,10 @@ class FrozenText:
         """What a pipeline is given."""
         parts = {name: part for name, part in self.pipe.components.items() if name.startswith(("text", "token"))}
         return dict(parts, joint_text=self.pipe.config.joint_text, max_tokens=self.pipe.config.max_tokens)
+
+    def record(self) -> dict[str, Any]:
+        """What of this decides the weights, for JSON."""
+        return {"caption_dropout": self.caption_dropout}
 
 
 class FusionTask(DenoiserTask):
@@ -72,8 +78,14 @@ class FusionTask(DenoiserTask):
 
     def record(self) -> dict[str, Any]:
         config = self.modules["denoiser"].config
-        blocks = {"down": config["down"], "mid": config["mid"], "up": config["up"]}
-        return {"caption_dropout": self.text.caption_dropout, "blocks": blocks, **self.objective.record()}
+        return {**super().record(), "blocks": {name: config[name] for name in ("down", "mid", "up")}}
+
+    @cached_property
+    def flops(self) -> float:
+        """Operations of the denoiser's forward and backward pass for a sample."""
+        from snapgen.fusion_presets import fusion_counts
+
+        return 3 * 2 * fusion_counts(self.modules["denoiser"].config)[""].macs
 
     def noised(self, batch: Batch, draws: Draws, t: Tensor | None = None) -> Noised:
         """The batch at times `t`, int64 [B], drawn evenly from all unless given."""
