@@ -38,6 +38,10 @@ class Conditioning(Protocol):
         """
         ...
 
+    def read(self, captions: Sequence[str], call: Mapping[str, nn.Module], device: torch.device) -> TextEmbedding:
+        """Captions embedded as they are."""
+        ...
+
     def components(self) -> dict[str, Any]:
         """What a pipeline is given beside the trained modules."""
         ...
@@ -63,7 +67,10 @@ class JointText:
         self, batch: Batch, draws: Draws, call: Mapping[str, nn.Module], device: torch.device
     ) -> tuple[TextEmbedding, list[str]]:
         _, captions = _dropout(batch.captions, draws, self.caption_dropout)
-        return encode_tiny(self.tokenizer, call["text_encoder"], captions, device), captions
+        return self.read(captions, call, device), captions
+
+    def read(self, captions: Sequence[str], call: Mapping[str, nn.Module], device: torch.device) -> TextEmbedding:
+        return encode_tiny(self.tokenizer, call["text_encoder"], captions, device)
 
     def components(self) -> dict[str, Any]:
         return dict(tokenizer=self.tokenizer, joint_text=True)
@@ -154,6 +161,15 @@ class CachedText:
         text = TextEmbedding(*(chosen(own, empty) for own, empty in zip(batch.text, self.empty, strict=True)))
         return _thinned(text, self.layout, draws, self.encoder_dropout), captions
 
+    def read(self, captions: Sequence[str], call: Mapping[str, nn.Module], device: torch.device) -> TextEmbedding:
+        """The empty caption, as often as it is asked for: no other can be embedded any more."""
+        if any(captions):
+            raise ValueError(f"captions: got {next(filter(None, captions))!r}; only the empty caption is kept embedded")
+        parts = (
+            None if part is None else part.to(device).expand(len(captions), *part.shape[1:]) for part in self.empty
+        )
+        return TextEmbedding(*parts)  # type: ignore[arg-type]
+
     def components(self) -> dict[str, Any]:
         return {}
 
@@ -183,13 +199,13 @@ class FrozenText:
         self, batch: Batch, draws: Draws, call: Mapping[str, nn.Module], device: torch.device
     ) -> tuple[TextEmbedding, list[str]]:
         _, captions = _dropout(batch.captions, draws, self.caption_dropout)
-        text = self.encoders(captions)
-        text = TextEmbedding(
-            text.context.to(device, torch.float32),
-            text.mask.to(device),
-            None if text.pooled is None else text.pooled.to(device, torch.float32),
-        )
+        text = self.read(captions, call, device)
         return _thinned(text, self.layout, draws, self.encoder_dropout), captions
+
+    def read(self, captions: Sequence[str], call: Mapping[str, nn.Module], device: torch.device) -> TextEmbedding:
+        text = self.encoders(captions)
+        pooled = None if text.pooled is None else text.pooled.to(device, torch.float32)
+        return TextEmbedding(text.context.to(device, torch.float32), text.mask.to(device), pooled)
 
     def components(self) -> dict[str, Any]:
         names = ["text_encoder", "text_encoder_2"][: len(self.encoders.clips)]
@@ -207,6 +223,39 @@ class FrozenText:
             "encoder_dropout": self.encoder_dropout,
             "encoders": self.encoders.record(),
         }
+
+
+class PipelineText:
+    """The text encoders of a pipeline as they are, frozen: what a teacher reads, its student may have to read too.
+
+    Args:
+        pipe: a `SnapGenPipeline`.
+        caption_dropout: share of captions replaced by the empty one.
+    """
+
+    def __init__(self, pipe: Any, *, caption_dropout: float = 0.1) -> None:
+        self.modules: dict[str, nn.Module] = {}
+        self.pipe, self.caption_dropout = pipe, _share("caption_dropout", caption_dropout)
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if getattr(pipe, name) is not None:
+                getattr(pipe, name).requires_grad_(False).eval()
+
+    def embed(
+        self, batch: Batch, draws: Draws, call: Mapping[str, nn.Module], device: torch.device
+    ) -> tuple[TextEmbedding, list[str]]:
+        _, captions = _dropout(batch.captions, draws, self.caption_dropout)
+        return self.read(captions, call, device), captions
+
+    @torch.no_grad()
+    def read(self, captions: Sequence[str], call: Mapping[str, nn.Module], device: torch.device) -> TextEmbedding:
+        return self.pipe.embed(captions)
+
+    def components(self) -> dict[str, Any]:
+        parts = {name: part for name, part in self.pipe.components.items() if name.startswith(("text", "token"))}
+        return dict(parts, joint_text=self.pipe.config.joint_text, max_tokens=self.pipe.config.max_tokens)
+
+    def record(self) -> dict[str, Any]:
+        return {"caption_dropout": self.caption_dropout}
 
 
 def _share(name: str, value: float) -> float:

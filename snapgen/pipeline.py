@@ -33,9 +33,9 @@ class SnapGenPipeline(DiffusionPipeline):
     which only models with latents of their own have, for training.
 
     Args:
-        denoiser: `SnapGenUNet`.
-        decoder: `TinyDecoder`.
-        scheduler: diffusers' flow-match Euler.
+        denoiser: `SnapGenUNet`, or `FusionUNet`.
+        decoder: `TinyDecoder`, or `KLDecoder`.
+        scheduler: diffusers' flow-match Euler; for `FusionUNet`, its DDIM (`snapgen.vp.make_scheduler`).
         text_encoder, tokenizer: CLIP-L, or with `joint_text` the tiny CLIP that was trained with the denoiser.
         text_encoder_2, tokenizer_2: CLIP-G.
         text_encoder_3, tokenizer_3: Gemma-2-2b.
@@ -130,10 +130,15 @@ class SnapGenPipeline(DiffusionPipeline):
         Raises:
             ValueError: a prompt is too long for every encoder, or there is no encoder.
         """
+        if not self.config.joint_text:
+            self._check_lengths(prompts)
+        return self.embed(prompts)
+
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Embed prompts; what of them is too long for the large text encoders is left out."""
         device = self._execution_device
         if self.config.joint_text:
             return encode_tiny(self.tokenizer, self.text_encoder, prompts, device)
-        self._check_lengths(prompts)
         clips = [
             (tokenizer, encoder)
             for tokenizer, encoder in (
@@ -312,7 +317,7 @@ def load(checkpoint: str | os.PathLike) -> SnapGenPipeline:
 
 def _own_modules(folder: Path) -> set[str]:
     """Which of our modules a saved pipeline takes components from; all where there is no folder to look into."""
-    ours = {"snapgen.unet", "snapgen.mmdit", "snapgen.decoder"}
+    ours = {"snapgen.unet", "snapgen.mmdit", "snapgen.fusion_unet", "snapgen.decoder", "snapgen.kl_decoder"}
     if not folder.is_dir():
         return ours
     index = io.read_json(folder / "model_index.json")

@@ -1,4 +1,4 @@
-"""Sampling: diffusers' flow-match Euler, with classifier-free guidance, in any number of steps."""
+"""Sampling: diffusers' flow-match Euler, or its DDIM, with classifier-free guidance, in any number of steps."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ def make_scheduler(shift: float = 1.0) -> Any:
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | str) -> Tensor:
-    """Prepare `steps` Euler steps from t = 1; returns their timesteps [steps].
+    """Prepare `steps` steps from pure noise; returns their timesteps [steps].
 
-    The times are evenly spaced, 1 to 1/steps, before the scheduler's shift: the last step ends at 0 exactly and none is
-    spent between the scheduler's smallest sigma and 0, which matters at 4 steps.
+    Euler's times are evenly spaced, 1 to 1/steps, before the scheduler's shift: the last step ends at 0 exactly and
+    none is spent between the scheduler's smallest sigma and 0, which matters at 4 steps. DDIM's are its own.
     """
     if steps < 1:
         raise ValueError(f"num_inference_steps: got {steps}; must be at least 1")
+    if not hasattr(scheduler, "sigmas"):
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler.timesteps
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), device=device)
     return scheduler.timesteps
 
@@ -61,7 +64,7 @@ def sample(
     negative: TextEmbedding | None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Integrate the flow from noise `latents` [B, C, H, W] to data.
+    """Go from noise `latents` [B, C, H, W] to data, along the flow or by DDIM as the scheduler does.
 
     With guidance w != 1, v = v_neg + w (v - v_neg), both in one forward of batch 2B (Ho and Salimans, 2022).
     """

@@ -43,7 +43,7 @@ class Draws:
     def __init__(
         self, seed: int, step: int, positions: Sequence[int], device: torch.device | str = "cpu", phase: int = 0
     ) -> None:
-        self.device = device
+        self.device, self.step = device, step
         self._samples = [generator(seed, position, 2 * phase + 1) for position in positions]
         self._step = generator(seed, step, 2 * phase + 2)
 

@@ -86,7 +86,8 @@ def encode_clip(
     """CLIP-L and CLIP-G, each a (tokenizer, encoder).
 
     Returns:
-        Penultimate hidden states [B, 77, 768 + 1280] and pooled projections [B, 768 + 1280].
+        Penultimate hidden states [B, 77, 768 + 1280] and pooled projections [B, 768 + 1280]. Of a text model without
+        projection, which is Stable Diffusion 1's, the last states and the pooled one.
     """
     states, pooled = [], []
     for tokenizer, encoder in models:
@@ -94,8 +95,12 @@ def encode_clip(
             list(prompts), padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"
         ).to(device)
         output = encoder(input_ids=tokens.input_ids, output_hidden_states=True)
-        states.append(output.hidden_states[-2])
-        pooled.append(output.text_embeds)
+        if hasattr(output, "text_embeds"):
+            states.append(output.hidden_states[-2])
+            pooled.append(output.text_embeds)
+        else:
+            states.append(output.last_hidden_state)
+            pooled.append(output.pooler_output)
     return torch.cat(states, -1), torch.cat(pooled, -1)
 
 

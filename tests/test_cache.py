@@ -366,8 +366,9 @@ def test_a_denoiser_trains_on_a_cache(cache: Path) -> None:
     """A cache's batch through a task: caption dropout takes the empty caption's embedding."""
     from small_models import SMALL
 
+    from snapgen.conditioning import CachedText
     from snapgen.seeds import Draws
-    from snapgen.tasks import CachedText, DenoiserTask, build_autoencoder
+    from snapgen.tasks import DenoiserTask, build_autoencoder
     from snapgen.unet import SnapGenUNet
 
     data = CachedDataset(cache)

@@ -18,6 +18,7 @@ from test_train import assert_same, config, data, weights
 from torch import nn
 
 from snapgen import io
+from snapgen.conditioning import JointText
 from snapgen.config import PRESETS
 from snapgen.data.loader import Batch
 from snapgen.data.shapes import VOCABULARY
@@ -30,7 +31,7 @@ from snapgen.distill.teacher import Teacher, load_teacher
 from snapgen.mmdit import MMDiT
 from snapgen.pipeline import SnapGenPipeline
 from snapgen.seeds import Draws
-from snapgen.tasks import DenoiserTask, JointText, build_denoiser
+from snapgen.tasks import DenoiserTask, build_denoiser
 from snapgen.text import TextEmbedding
 from snapgen.train import train
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
 from snapgen import io
+from snapgen.conditioning import JointText
 from snapgen.config import SHIPPED, Preset, get_preset
 from snapgen.data.loader import open_dataset
 from snapgen.data.shapes import eval_captions
@@ -21,8 +22,9 @@ from snapgen.distill.knowledge import KnowledgeDistillation
 from snapgen.distill.scaling import Scaling
 from snapgen.distill.teacher import Quantization, Teacher, fingerprint, load_teacher
 from snapgen.mmdit import make_denoiser
-from snapgen.runs import _device, _place, load_autoencoder, vocabulary
-from snapgen.tasks import DenoiserTask, JointText, Objective, build_denoiser
+from snapgen.parallel import own_device
+from snapgen.runs import load_autoencoder, place, vocabulary
+from snapgen.tasks import DenoiserTask, Objective, build_denoiser
 from snapgen.train import TrainConfig, train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,7 +62,7 @@ class TeacherOptions:
             quantization=self.quantization,
             sharded=self.sharded,
             captions=self.captions,
-            device=_device(),
+            device=own_device(),
         )
 
 
@@ -169,11 +171,11 @@ def _run(
             f"preset: {preset} is trained on the latents and embeddings of frozen public models, which this command "
             f"does not load; it trains 'tiny'"
         )
-    encoder, decoder = (_place(module) for module in load_autoencoder(spec, autoencoder))
+    encoder, decoder = (place(module) for module in load_autoencoder(spec, autoencoder))
     dataset = open_dataset(data, spec.resolution, seed=config.seed)
     torch.manual_seed(config.seed)
     denoiser, text_encoder, tokenizer, record = starting_point(spec, student, vocabulary(dataset))
-    denoiser, text_encoder = _place(denoiser), _place(text_encoder)
+    denoiser, text_encoder = place(denoiser), place(text_encoder)
     task = DenoiserTask(
         spec,
         denoiser=denoiser,
