@@ -334,21 +334,118 @@ COMMANDS: dict[str, Any] = {
     "info": info,
     "train": train,
     "train-autoencoder": train_autoencoder,
-    "eval": evaluate,
 }
-# `snapgen export ...` has commands of its own.
-EXPORTS: dict[str, Any] = {
-    "coreml": export_coreml,
-    "verify": export_verify,
-    "coreai": export_coreai,
-    "audit": export_audit,
-    "compare": export_compare,
-}
-EXPORTS_ABOUT = "Export a checkpoint for phones, and look into what was exported."
+
+
+# Groups have commands of their own, loaded when one of them is asked for; the functions stand for them in the list.
+
+
+def cache() -> None:
+    """Compute latents and embedded captions of a dataset once (snapgen cache --help)."""
+
+
+def distill() -> None:
+    """Learn from a teacher, or to draw in few steps (snapgen distill --help)."""
+
+
+def fusion() -> None:
+    """SnapFusion: train, distil, evolve (snapgen fusion --help)."""
+
+
+def decoder() -> None:
+    """Train, distil or prune a decoder (snapgen decoder --help)."""
+
+
+def evaluations() -> None:
+    """Score a checkpoint: shapes, clip, fid, geneval, dpg, decoder, digits (snapgen eval --help)."""
 
 
 def export() -> None:
     """Export a checkpoint for phones (snapgen export --help)."""
+
+
+def _distill() -> dict[str, Any]:
+    from snapgen.distill.command import COMMANDS
+
+    return COMMANDS
+
+
+def _fusion() -> dict[str, Any]:
+    from snapgen.distill import fusion_command as commands
+
+    return {
+        "train": commands.train_fusion,
+        "distill": commands.distill_fusion,
+        "evolve": commands.evolve,
+        "import": commands.import_sd,
+    }
+
+
+def _decoder() -> dict[str, Any]:
+    from snapgen.distill import fusion_command as commands
+
+    return {
+        "train": commands.train_decoder,
+        "distill": commands.distill_decoder,
+        "prune": commands.prune_decoder,
+    }
+
+
+def _evaluations() -> dict[str, Any]:
+    from snapgen.metrics import command as metrics
+
+    return {
+        "shapes": evaluate,
+        "digits": metrics.main_digits,
+        "clip": metrics.main_clip,
+        "fid": metrics.main_fid,
+        "geneval": metrics.main_geneval,
+        "dpg": metrics.main_dpg,
+        "decoder": metrics.main_decoder,
+    }
+
+
+def _exports() -> dict[str, Any]:
+    return {
+        "coreml": export_coreml,
+        "verify": export_verify,
+        "coreai": export_coreai,
+        "audit": export_audit,
+        "compare": export_compare,
+    }
+
+
+def _cache() -> Any:
+    from snapgen.data.command import main_cache
+
+    return main_cache
+
+
+# What each group's first word is in the list, what it is about, and its commands.
+GROUPS: dict[str, tuple[Any, str, Any]] = {
+    "cache": (cache, "", _cache),
+    "distill": (distill, "Teach a denoiser by another's knowledge, or to draw in few steps.", _distill),
+    "fusion": (fusion, "SnapFusion: its denoiser trained, distilled into fewer steps, and evolved.", _fusion),
+    "decoder": (decoder, "Decoders: trained on pictures, distilled from prompts, pruned.", _decoder),
+    "eval": (evaluations, "Score a checkpoint, a decoder or pictures.", _evaluations),
+    "export": (export, "Export a checkpoint for phones, and look into what was exported.", _exports),
+}
+
+
+def _run(arguments: list[str]) -> None:
+    group = arguments[0] if arguments and arguments[0] in GROUPS else None
+    if group is None:
+        listed = COMMANDS | {name: stand_in for name, (stand_in, _, _) in GROUPS.items()}
+        tyro.extras.subcommand_cli_from_dict(listed, prog="snapgen", description=ABOUT, args=arguments)
+        return
+    _, about, load = GROUPS[group]
+    commands, rest = load(), arguments[1:]
+    if not isinstance(commands, dict):
+        tyro.cli(commands, prog=f"snapgen {group}", args=rest)
+        return
+    if group == "eval" and (not rest or rest[0] not in (*commands, "-h", "--help")):
+        rest = ["shapes", *rest]  # the usual one
+    tyro.extras.subcommand_cli_from_dict(commands, prog=f"snapgen {group}", description=about, args=rest)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -357,12 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        run = tyro.extras.subcommand_cli_from_dict
-        arguments = sys.argv[1:] if argv is None else argv
-        if arguments[:1] == ["export"]:
-            run(EXPORTS, prog="snapgen export", description=EXPORTS_ABOUT, args=arguments[1:])
-        else:
-            run(COMMANDS | {"export": export}, prog="snapgen", description=ABOUT, args=arguments)
+        _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt as interrupt:
         console.print(f"[yellow]{interrupt or 'stopped'}[/]")
         sys.exit(130)

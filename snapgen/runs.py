@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from snapgen import flow, io, parallel
 from snapgen.conditioning import CachedText, Conditioning, FrozenText, JointText, Layout
-from snapgen.config import SHIPPED, Preset, get_preset
+from snapgen.config import PRESETS, SHIPPED, Preset, get_preset
 from snapgen.data import embed
 from snapgen.data.buckets import Buckets
 from snapgen.data.cache import CachedDataset
@@ -21,10 +22,10 @@ from snapgen.data.digits import DigitsDataset
 from snapgen.data.loader import open_dataset
 from snapgen.data.shapes import VOCABULARY, ShapesDataset, eval_captions
 from snapgen.decoder import TinyDecoder
+from snapgen.mmdit import make_denoiser
 from snapgen.settings import Source, TrainConfig
 from snapgen.tasks import AutoencoderTask, DenoiserTask, Objective, build_autoencoder, build_denoiser
 from snapgen.train import train
-from snapgen.unet import SnapGenUNet
 
 
 def train_denoiser(source: Source, config: TrainConfig, out: Path, console: Console) -> Path:
@@ -40,8 +41,20 @@ def train_denoiser(source: Source, config: TrainConfig, out: Path, console: Cons
     return exported
 
 
-def denoiser_task(source: Source, seed: int, objective: Objective | None = None) -> tuple[DenoiserTask, Any]:
-    """The task that `source` describes, with fresh weights or those of `init`, and its dataset."""
+def denoiser_task(
+    source: Source,
+    seed: int,
+    objective: Callable[[nn.Module], Objective] | None = None,
+    *,
+    steps: int = 28,
+    guidance: float = 4.0,
+) -> tuple[DenoiserTask, Any]:
+    """The task that `source` describes, with fresh weights or those of `init`, and its dataset.
+
+    Args:
+        objective: makes the loss, of the denoiser; flow matching unless given.
+        steps, guidance: how sample grids are drawn.
+    """
     spec = get_preset(source.preset)
     resolution = source.resolution or spec.resolution
     unit = upscale(spec) << (len(spec.denoiser["channels"]) - 1)
@@ -55,28 +68,50 @@ def denoiser_task(source: Source, seed: int, objective: Objective | None = None)
     encoder: nn.Module | None
     decoder: nn.Module | None
     if own:
-        denoiser, text_encoder, tokenizer = build_denoiser(spec, vocabulary(dataset))
+        words = vocabulary(dataset) if source.init is None else stored_words(source.init)
+        denoiser, text_encoder, tokenizer = build_denoiser(spec, words)
         text: Conditioning = JointText(tokenizer, place(text_encoder), caption_dropout=source.caption_dropout)
-        encoder, decoder = load_autoencoder(spec, source.autoencoder or spec.name)
+        encoder, decoder = load_autoencoder(spec, source.autoencoder or shipped_autoencoder(spec))
     else:
-        denoiser = SnapGenUNet(**spec.denoiser)
+        denoiser = make_denoiser(spec.denoiser)
         text = _frozen_text(source, spec, dataset)
         encoder = None if cached else _public_encoder(source, spec)
         decoder = None if source.decoder is None else load_decoder(spec, source.decoder)
+    denoiser = place(denoiser)
+    if source.init is not None:
+        for name, module in {"denoiser": denoiser, **text.modules}.items():
+            load_part(module, home(source.init) / name)
     task = DenoiserTask(
         spec,
-        denoiser=place(denoiser),
+        denoiser=denoiser,
         text=text,
         encoder=encoder and place(encoder),
         decoder=decoder and place(decoder),
-        objective=objective,
+        objective=objective and objective(denoiser),
         prompts=prompts(dataset) if own else tuple(islice(dataset.captions(), 8)),
         shift=flow.resolution_shift(spec.shift, resolution**2, spec.resolution**2),
+        steps=steps,
+        guidance=guidance,
     )
-    if source.init is not None:
-        for name in task.student:
-            load_part(task.modules[name], source.init / name)
     return task, dataset
+
+
+def home(checkpoint: str | Path) -> Path:
+    """The folder of a checkpoint: itself, or that of a shipped one's name."""
+    return SHIPPED / checkpoint if (SHIPPED / checkpoint).is_dir() else Path(checkpoint)
+
+
+def stored_words(checkpoint: str | Path) -> list[str]:
+    """The words of a checkpoint's tiny tokenizer, in their order.
+
+    Raises:
+        io.CheckpointError: it has no such tokenizer.
+    """
+    path = home(checkpoint) / "tokenizer" / "tokenizer.json"
+    found = io.read_json(path).get("model", {}).get("vocab")
+    if not isinstance(found, dict):
+        raise io.CheckpointError(f"{path}: holds no vocabulary of words")
+    return [word for word in sorted(found, key=found.__getitem__) if not word.startswith("<")]
 
 
 def upscale(preset: Preset) -> int:
@@ -106,8 +141,6 @@ def load_decoder(preset: Preset, folder: Path) -> nn.Module:
 
 
 def _dataset(source: Source, resolution: int, unit: int, seed: int) -> Any:
-    if source.data.startswith("cache:"):
-        return CachedDataset(source.data.removeprefix("cache:"))
     bucketing = Buckets(resolution=resolution, unit=unit) if source.buckets else None
     return open_dataset(source.data, resolution, seed=seed, bucketing=bucketing)
 
@@ -126,7 +159,7 @@ def _frozen_text(source: Source, spec: Preset, dataset: Any) -> Conditioning:
     if source.clip_l is None and source.clip_g is None and source.gemma is None:
         raise ValueError(
             f"preset: {spec.name} reads frozen text encoders; name --clip-l, --clip-g and --gemma (any of them), or a "
-            f"cache of their outputs as --data cache:FOLDER"
+            f"cache of their outputs as --data"
         )
     encoders = embed.load_text(
         clip_l=source.clip_l,
@@ -142,7 +175,7 @@ def _public_encoder(source: Source, spec: Preset) -> Any:
     if source.autoencoder is None:
         raise ValueError(
             f"preset: {spec.name} draws in the latents of a public autoencoder; name its folder as --autoencoder, or a "
-            f"cache of latents as --data cache:FOLDER"
+            f"cache of latents as --data"
         )
     encoder = embed.load_encoder(source.autoencoder)
     wanted = (spec.decoder.get("scaling_factor", 1.0), spec.decoder.get("shift_factor", 0.0))
@@ -168,13 +201,29 @@ def train_autoencoder(preset: str, data: str, config: TrainConfig, out: Path, co
     return exported
 
 
+def shipped_autoencoder(preset: Preset) -> str:
+    """The shipped checkpoint whose latents a preset draws in.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for folder in sorted(SHIPPED.iterdir()):
+        own = PRESETS.get(folder.name)
+        if own is not None and (own.encoder, own.decoder) == (preset.encoder, preset.decoder):
+            return folder.name
+    raise ValueError(
+        f"autoencoder: preset {preset.name} has none that is shipped; train one (snapgen train-autoencoder --preset "
+        f"{preset.name}) and name its export/ folder"
+    )
+
+
 def load_autoencoder(preset: Preset, source: str) -> tuple[nn.Module, nn.Module]:
     """Encoder and decoder of `preset` from a shipped checkpoint's name or a folder with encoder/ and decoder/.
 
     Raises:
         io.CheckpointError: there is none, or it belongs to another preset.
     """
-    folder = SHIPPED / source if (SHIPPED / source).is_dir() else Path(source)
+    folder = home(source)
     encoder, decoder = build_autoencoder(preset)
     for name, module in (("encoder", encoder), ("decoder", decoder)):
         path = folder / name / "diffusion_pytorch_model.safetensors"

@@ -93,10 +93,10 @@ class Source:
     """Which model (`snapgen info` lists them)."""
     data: str = "shapes"
     """"shapes", "digits", imagenet:FOLDER (of class folders), a folder of pictures and captions, WebDataset shards
-    (.tar; stream:..., pipe:... or a URL to read them in order), or cache:FOLDER (of `snapgen cache`)."""
+    (.tar; stream:..., pipe:... or a URL to read them in order), or the folder of a cache (`snapgen cache`)."""
     autoencoder: str | None = None
     """Whose latents: a shipped checkpoint's name, the export/ folder of `snapgen train-autoencoder`, or for presets
-    with public latents a folder of a diffusers AutoencoderKL. By default the shipped one of the preset's name."""
+    with public latents a folder of a diffusers AutoencoderKL. By default a shipped one with the preset's latents."""
     decoder: Path | None = None
     """Trained decoder (of `snapgen train-decoder`) of a preset with public latents, to draw sample grids and to export
     a whole pipeline."""
@@ -106,8 +106,8 @@ class Source:
     """Frozen CLIP-G."""
     gemma: Path | None = None
     """Frozen Gemma-2-2b."""
-    init: Path | None = None
-    """Begin with the weights of this export/ folder, of a lower resolution for example."""
+    init: str | None = None
+    """Begin with the weights of this export/ folder or shipped checkpoint, of a lower resolution for example."""
     resolution: int | None = None
     """Pixels on a side (with buckets: of the square of the same area); the preset's by default. The flow's shift
     follows it."""

@@ -16,7 +16,7 @@ from snapgen import io, parallel
 from snapgen.data.loader import batches
 from snapgen.parallel import Processes
 from snapgen.state import TrainState
-from snapgen.train import optimizer_step, wrap
+from snapgen.train import optimizer_step, share_of, wrap
 
 OBJECTIVES = {"knowledge": both_task, "game": few, "penalty": lambda: few(r1=0.1)}
 
@@ -24,7 +24,7 @@ OBJECTIVES = {"knowledge": both_task, "game": few, "penalty": lambda: few(r1=0.1
 def steps(task, group: Processes, count: int = 1) -> dict[str, torch.Tensor]:
     """All weights, whole, after `count` steps of a batch of 4."""
     plan = config(lr=1e-4, warmup=1, parallel=group.kind)
-    share = plan.share(group)
+    share = share_of(plan, group)
     if group.many and group.kind == "fsdp":
         parallel.shard(task.modules, group)
     state = TrainState(task, plan, group)

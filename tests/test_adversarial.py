@@ -34,8 +34,9 @@ from snapgen.distill.scaling import Scaling
 from snapgen.parallel import Processes
 from snapgen.pipeline import SnapGenPipeline
 from snapgen.seeds import Draws
+from snapgen.settings import Source
 from snapgen.tasks import DenoiserTask
-from snapgen.train import TrainConfig, optimizer_step, train
+from snapgen.train import TrainConfig, optimizer_step, share_of, train
 
 
 def few(**changes) -> DenoiserTask:
@@ -229,7 +230,7 @@ def test_each_phase_moves_its_own(still):
     phases = [replace(phase, lr=0.0) if phase.name == still else phase for phase in task.phases()]
     task.phases = lambda: phases
     plan = config(warmup=1)
-    share = plan.share(TrainState(task, plan).group)
+    share = share_of(plan, TrainState(task, plan).group)
     before = {name: {k: p.clone() for k, p in m.state_dict().items()} for name, m in task.modules.items()}
     teacher = {name: p.clone() for name, p in task.objective.teacher.network.state_dict().items()}
     state = TrainState(task, plan)
@@ -302,7 +303,7 @@ def test_bf16_runs(tmp_path):
 
 def test_the_shipped_student_learns_few_steps_from_itself(tmp_path):
     words = shlex.split(
-        "--student tiny --teacher tiny --guidance 4 --student-steps 2 --head-width 16 --steps 2 --batch-size 2 "
+        "--init tiny --teacher tiny --guidance 4 --student-steps 2 --head-width 16 --steps 2 --batch-size 2 "
         "--warmup 1 --lr 1e-5 --sample-every 100 --ema 0"
     )
     exported = tyro.cli(distill_steps, args=["-o", str(tmp_path / "run"), *words])
@@ -329,12 +330,14 @@ def test_wrong_students_and_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"has none called 'blocks\.9'"):
         AdversarialDistillation(small_teacher(), denoiser_task().modules["denoiser"], layers=["blocks.9"])
     settings = dict(teacher=TeacherOptions(teacher="tiny"), config=TrainConfig(steps=1), console=QUIET)
-    with pytest.raises(io.CheckpointError, match="no such checkpoint"):
-        distill_steps(out=tmp_path, student="nowhere", **settings)
+    with pytest.raises(io.CheckpointError, match="nowhere"):
+        distill_steps(out=tmp_path, source=Source(init="nowhere"), **settings)
+    with pytest.raises(ValueError, match="init: got none"):
+        distill_steps(out=tmp_path, source=Source(), **settings)
     with pytest.raises(ValueError, match="preset: t2i-1024"):
-        distill_steps(out=tmp_path, student="tiny", preset="t2i-1024", **settings)
-    with pytest.raises(io.CheckpointError, match="does not fit the denoiser of preset tiny-teacher"):
-        distill_steps(out=tmp_path, student="tiny", preset="tiny-teacher", **settings)
+        distill_steps(out=tmp_path, source=Source(init="tiny", preset="t2i-1024"), **settings)
+    with pytest.raises(io.CheckpointError, match="does not fit a MMDiT"):
+        distill_steps(out=tmp_path, source=Source(init="tiny", preset="tiny-teacher", autoencoder="tiny"), **settings)
 
 
 # ---- many processes --------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""`snapgen distill` and `snapgen distill-steps`: runs of both objectives from the command line's words."""
+"""`snapgen distill knowledge` and `snapgen distill steps`: runs of both objectives from the command line's words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,20 +10,15 @@ import torch
 from rich.console import Console
 from tyro.conf import Fixed, OmitArgPrefixes, Suppress, arg
 
-from snapgen import io
-from snapgen.conditioning import JointText
-from snapgen.config import SHIPPED, Preset, get_preset
-from snapgen.data.loader import open_dataset
-from snapgen.data.shapes import eval_captions
 from snapgen.distill.adversarial import AdversarialDistillation, StepOptions
 from snapgen.distill.features import LayerPair
 from snapgen.distill.knowledge import KnowledgeDistillation
 from snapgen.distill.scaling import Scaling
 from snapgen.distill.teacher import Quantization, Teacher, fingerprint, load_teacher
-from snapgen.mmdit import make_denoiser
 from snapgen.parallel import own_device
-from snapgen.runs import load_autoencoder, place, vocabulary
-from snapgen.tasks import DenoiserTask, Objective, build_denoiser
+from snapgen.runs import denoiser_task, home
+from snapgen.settings import Source
+from snapgen.tasks import Objective
 from snapgen.train import TrainConfig, train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,13 +64,10 @@ def distill(
     *,
     out: Annotated[Path, arg(aliases=["-o"])],
     teacher: OmitArgPrefixes[TeacherOptions],
-    preset: str = "tiny",
-    data: str = "shapes",
-    autoencoder: str = "tiny",
-    student: str | None = None,
+    source: OmitArgPrefixes[Source] = Source(),  # noqa: B008 - frozen
     output: bool = True,
     layers: tuple[str, ...] = ("last:last",),
-    scaling: OmitArgPrefixes[Scaling] = Scaling(),  # noqa: B008 - frozen
+    scaling: OmitArgPrefixes[Scaling] = Scaling(),  # noqa: B008
     config: OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008
     console: Suppress[Fixed[Console | None]] = None,
 ) -> Path:
@@ -85,10 +76,7 @@ def distill(
     Args:
         out: The run's folder: checkpoints, sample grids, TensorBoard, and at the end export/.
         teacher: The teacher.
-        preset: Which model is the student.
-        data: "shapes", a folder of pictures and captions, or WebDataset shards (.tar).
-        autoencoder: Whose latents: a shipped checkpoint's name, or the export/ folder of `snapgen train-autoencoder`.
-        student: A checkpoint to begin from; by default fresh weights.
+        source: The student, and its data.
         output: Distil the velocity.
         layers: Distil features: TEACHER:STUDENT or TEACHER:STUDENT:PROJECTOR, with names of modules, or "last" for the
             last transformer layer; projectors are linear, conv and mlp. None given: output alone.
@@ -96,26 +84,25 @@ def distill(
         config: How to train.
 
     Returns:
-        The exported pipeline's folder.
+        The folder of what was exported.
     """
+    taught, record = teacher.load(), _record(source)
 
-    def objective(taught: Teacher, denoiser: Any, record: dict[str, Any]) -> Objective:
+    def objective(denoiser: Any) -> Objective:
         pairs = [LayerPair.parse(text, taught.network, denoiser) for text in layers]
         return KnowledgeDistillation(taught, denoiser, output=output, pairs=pairs, scaling=scaling, record=record)
 
-    return _run(preset, data, autoencoder, student, teacher, objective, config, out, console)
+    task, dataset = denoiser_task(source, config.seed, objective)
+    return train(task, dataset, config, out, console=console)
 
 
 def distill_steps(
     *,
     out: Annotated[Path, arg(aliases=["-o"])],
-    student: str,
     teacher: OmitArgPrefixes[TeacherOptions],
-    preset: str = "tiny",
-    data: str = "shapes",
-    autoencoder: str = "tiny",
+    source: OmitArgPrefixes[Source] = Source(init="tiny", caption_dropout=0.0),  # noqa: B008 - frozen
     layers: tuple[str, ...] = (),
-    options: OmitArgPrefixes[StepOptions] = StepOptions(),  # noqa: B008 - frozen
+    options: OmitArgPrefixes[StepOptions] = StepOptions(),  # noqa: B008
     scaling: OmitArgPrefixes[Scaling] = Scaling(),  # noqa: B008
     config: OmitArgPrefixes[TrainConfig] = TrainConfig(lr=1e-4),  # noqa: B008
     console: Suppress[Fixed[Console | None]] = None,
@@ -126,11 +113,9 @@ def distill_steps(
 
     Args:
         out: The run's folder: checkpoints, sample grids, TensorBoard, and at the end export/.
-        student: The checkpoint to begin from.
         teacher: The teacher; its guidance is folded into the student.
-        preset: Which model is the student.
-        data: "shapes", a folder of pictures and captions, or WebDataset shards (.tar).
-        autoencoder: Whose latents: a shipped checkpoint's name, or the export/ folder of `snapgen train-autoencoder`.
+        source: The student, trained already (`--init`), and its data. Nobody draws from it with guidance, so that it
+            need not know the empty caption.
         layers: The teacher's layers after which heads judge; by default the ends of four equal parts of its
             transformer layers.
         options: Steps and the adversarial game.
@@ -138,76 +123,22 @@ def distill_steps(
         config: How to train.
 
     Returns:
-        The exported pipeline's folder.
+        The folder of what was exported.
     """
+    if source.init is None:
+        raise ValueError("init: got none; a student that learns to draw in few steps has been trained before")
+    taught, record = teacher.load(), _record(source)
 
-    def objective(taught: Teacher, denoiser: Any, record: dict[str, Any]) -> Objective:
+    def objective(denoiser: Any) -> Objective:
         return AdversarialDistillation(taught, denoiser, options=options, layers=layers, scaling=scaling, record=record)
 
-    # Nobody draws from such a student with guidance, so it need not know the empty caption.
-    words = (preset, data, autoencoder, student, teacher)
-    return _run(*words, objective, config, out, console, caption_dropout=0.0, steps=options.student_steps, guidance=1.0)
+    task, dataset = denoiser_task(source, config.seed, objective, steps=options.student_steps, guidance=1.0)
+    return train(task, dataset, config, out, console=console)
 
 
-def _run(
-    preset: str,
-    data: str,
-    autoencoder: str,
-    student: str | None,
-    teacher: TeacherOptions,
-    objective: Callable[[Teacher, Any, dict[str, Any]], Objective],
-    config: TrainConfig,
-    out: Path,
-    console: Console | None,
-    *,
-    caption_dropout: float = 0.1,
-    steps: int = 28,
-    guidance: float = 4.0,
-) -> Path:
-    """A run of a preset's denoiser by an objective, which is made of the teacher and the denoiser."""
-    spec = get_preset(preset)
-    if spec.encoder is None:
-        raise ValueError(
-            f"preset: {preset} is trained on the latents and embeddings of frozen public models, which this command "
-            f"does not load; it trains 'tiny'"
-        )
-    encoder, decoder = (place(module) for module in load_autoencoder(spec, autoencoder))
-    dataset = open_dataset(data, spec.resolution, seed=config.seed)
-    torch.manual_seed(config.seed)
-    denoiser, text_encoder, tokenizer, record = starting_point(spec, student, vocabulary(dataset))
-    denoiser, text_encoder = place(denoiser), place(text_encoder)
-    task = DenoiserTask(
-        spec,
-        denoiser=denoiser,
-        text=JointText(tokenizer, text_encoder, caption_dropout=caption_dropout),
-        encoder=encoder,
-        decoder=decoder,
-        objective=objective(teacher.load(), denoiser, record),
-        prompts=[caption for skill in ("colors", "position", "color_attr") for caption in eval_captions(skill, 4)],
-        steps=steps,
-        guidance=guidance,
-    )
-    exported = train(task, dataset, config, out, console=console)
-    if console is not None and hasattr(dataset, "report"):
-        console.print(dataset.report())
-    return exported
+def _record(source: Source) -> dict[str, Any]:
+    """What a run records of where its student begins."""
+    return {"student": None if source.init is None else fingerprint(home(source.init))}
 
 
-def starting_point(spec: Preset, student: str | None, words: Sequence[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Denoiser, text encoder and tokenizer of a checkpoint, or of a preset with fresh weights; and what a run records.
-
-    Raises:
-        io.CheckpointError: the checkpoint is damaged, or of another preset.
-        ValueError: it has no text encoder that is trained along.
-    """
-    if student is None:
-        return *build_denoiser(spec, words), {"student": None}
-    from snapgen.pipeline import load
-
-    pipe = load(student)
-    if not pipe.config.joint_text:
-        raise ValueError(f"student: {student} has no text encoder that is trained with the denoiser")
-    own = make_denoiser(spec.denoiser)
-    io.load_strictly(own, pipe.denoiser.state_dict(), student, f"the denoiser of preset {spec.name}")
-    folder = SHIPPED / student if (SHIPPED / student).is_dir() else Path(student)
-    return own, pipe.text_encoder, pipe.tokenizer, {"student": fingerprint(folder)}
+COMMANDS = {"knowledge": distill, "steps": distill_steps}
