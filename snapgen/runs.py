@@ -57,7 +57,7 @@ def denoiser_task(
     """
     spec = get_preset(source.preset)
     resolution = source.resolution or spec.resolution
-    unit = upscale(spec) << (len(spec.denoiser["channels"]) - 1)
+    unit = upscale(spec) * (spec.denoiser.get("patch_size") or 1 << (len(spec.denoiser["channels"]) - 1))
     if resolution < unit or resolution % unit:
         raise ValueError(f"resolution: got {resolution}; must be a multiple of {unit} for preset {spec.name}")
     dataset = _dataset(source, resolution, unit, seed)
