@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from snapgen import io
-from snapgen.data.cache import CacheConfig, CachedDataset, checksum, write_cache
+from snapgen.data.cache import CacheConfig, checksum, write_cache
+from snapgen.data.cached import CachedDataset
 from snapgen.data.embed import FrozenText, LatentEncoder, fingerprint, load_encoder, load_text
 from snapgen.data.folder import ImageFolder
 from snapgen.data.loader import Share, batches, open_dataset

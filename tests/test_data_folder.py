@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from snapgen.data.folder import _BROKEN, ImageFolder, WebDatasetShards, load_image
+from snapgen.data.folder import BROKEN, ImageFolder, WebDatasetShards, load_image
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -109,7 +109,7 @@ def test_damaged_files_raise_only_what_is_caught() -> None:
             data[choose.randrange(min(len(data), choose.choice((60, 300, 5000))))] = choose.randrange(256)
         try:
             load_image(bytes(data[: choose.choice((len(data), choose.randrange(len(data))))]), 8)
-        except _BROKEN:
+        except BROKEN:
             broken += 1
     assert broken > 500
 

@@ -9,14 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import CachedDataset
+    from .cached import CachedDataset
     from .digits import ClassFolders, DigitsDataset
     from .folder import ImageFolder, WebDatasetShards
     from .shapes import ShapesDataset
     from .stream import WebDatasetStream
 
 _HOMES = {
-    "CachedDataset": ".cache",
+    "CachedDataset": ".cached",
     "ClassFolders": ".digits",
     "DigitsDataset": ".digits",
     "ImageFolder": ".folder",

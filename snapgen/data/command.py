@@ -11,7 +11,8 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from snapgen.data.buckets import Buckets
-from snapgen.data.cache import CacheConfig, CachedDataset, write_cache
+from snapgen.data.cache import CacheConfig, write_cache
+from snapgen.data.cached import CachedDataset
 from snapgen.data.embed import load_encoder, load_text
 from snapgen.data.loader import open_dataset
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snapgen.data.folder import _OTHER_IMAGES, IMAGE_SUFFIXES, CaptionedImages, _beginning, _Unusable
+from snapgen.data.folder import IMAGE_SUFFIXES, OTHER_IMAGES, CaptionedImages, Unusable, beginning
 from snapgen.data.shapes import Sample
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class ClassFolders(CaptionedImages):
             for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
                 if path.suffix.lower() in IMAGE_SUFFIXES:
                     self._pairs.append((path, class_caption(names[folder.name])))
-                elif path.suffix.lower() in _OTHER_IMAGES:
+                elif path.suffix.lower() in OTHER_IMAGES:
                     self._skip("format is not JPEG, PNG or WebP", str(path.relative_to(self.root)))
         self.prompts = tuple(class_caption(name) for name in list(dict.fromkeys(names.values()))[:16])
         self._opened(verify)
@@ -176,9 +176,9 @@ class ClassFolders(CaptionedImages):
     def _read(self, index: int, most: int = -1) -> tuple[bytes, str]:
         path, caption = self._pairs[index]
         try:
-            return _beginning(path, most), caption
+            return beginning(path, most), caption
         except OSError as error:
-            raise _Unusable(f"file cannot be read ({error.strerror})") from error
+            raise Unusable(f"file cannot be read ({error.strerror})") from error
 
 
 def class_caption(name: str) -> str:

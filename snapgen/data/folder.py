@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP")
-_OTHER_IMAGES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2")
+OTHER_IMAGES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2")
 _CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
 _CAPTION_KEYS = ("caption", "text")
 _UPRIGHT = {  # EXIF orientation -> what sets the picture upright; Pillow's exif_transpose trips over odd EXIF entries
@@ -51,17 +51,17 @@ _UPRIGHT = {  # EXIF orientation -> what sets the picture upright; Pillow's exif
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_NO_PICTURE = "image is broken or not JPEG, PNG or WebP"
+NO_PICTURE = "image is broken or not JPEG, PNG or WebP"
 _HEAD = 1 << 16  # bytes of a picture's file in which its size is looked for
-_EXAMPLES = 3  # named in the report for each reason
+EXAMPLES = 3  # named in the report for each reason
 # What Pillow raises on damaged files: UnidentifiedImageError is an OSError, a broken PNG chunk a SyntaxError.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
            Image.DecompressionBombError)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """One pair cannot be used; the argument is the reason under which it is counted."""
 
 
@@ -89,20 +89,33 @@ def image_size(data: bytes) -> Size:
         return Size(opened.width, opened.height) if turned else Size(opened.height, opened.width)
 
 
+def caption_in(data: bytes, is_json: bool) -> str:
+    """The caption of a text file, or of a JSON file's "caption" or "text"; Unusable, with the reason, if it is none."""
+    if not is_json:
+        return _text(data)
+    try:
+        entry = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Unusable("caption is not JSON") from None
+    if not isinstance(entry, dict):
+        raise Unusable('no "caption" or "text"')
+    return _caption_of(entry)
+
+
 def _text(data: bytes) -> str:
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise _Unusable("caption is not UTF-8 text") from None
+        raise Unusable("caption is not UTF-8 text") from None
     return _checked(text)
 
 
 def _checked(caption: object) -> str:
     # JSON can hold half a surrogate pair, which no tokenizer can encode.
     if not isinstance(caption, str) or any(c == "\0" or "\ud800" <= c <= "\udfff" for c in caption):
-        raise _Unusable("caption is not text")
+        raise Unusable("caption is not text")
     if not caption.strip():
-        raise _Unusable("caption is empty")
+        raise Unusable("caption is empty")
     return caption.strip()
 
 
@@ -136,12 +149,12 @@ class CaptionedImages(ABC):
 
     @abstractmethod
     def _read(self, index: int, most: int = -1) -> tuple[bytes, str]:
-        """The image file (its first `most` bytes) and the caption of one pair, or _Unusable."""
+        """The image file (its first `most` bytes) and the caption of one pair, or Unusable."""
 
     def _skip(self, reason: str, name: str) -> None:
         self.skipped[reason] += 1
         examples = self._examples.setdefault(reason, [])
-        if len(examples) < _EXAMPLES:
+        if len(examples) < EXAMPLES:
             examples.append(name)
 
     def _opened(self, verify: bool) -> None:
@@ -163,9 +176,9 @@ class CaptionedImages(ABC):
             data, caption = self._read(index)
             try:
                 return load_image(data, self._size(index)), caption
-            except _BROKEN as error:
-                raise _Unusable(_NO_PICTURE) from error
-        except _Unusable as unusable:
+            except BROKEN as error:
+                raise Unusable(NO_PICTURE) from error
+        except Unusable as unusable:
             self._cannot(index, str(unusable))
             return None
 
@@ -177,10 +190,10 @@ class CaptionedImages(ABC):
         try:
             for most in (_HEAD, -1):  # a header may be longer than most are
                 data, _ = self._read(index, most)
-                with suppress(*_BROKEN):
+                with suppress(*BROKEN):
                     return bucketing.nearest(*image_size(data))
-            raise _Unusable(_NO_PICTURE)
-        except _Unusable as unusable:
+            raise Unusable(NO_PICTURE)
+        except Unusable as unusable:
             self._cannot(index, str(unusable))
             return NONE
 
@@ -219,11 +232,11 @@ class CaptionedImages(ABC):
         """As `batch`, but with nothing in the place of pairs that cannot be used, which are counted."""
         found = [pair for pair in (self._try(index) for index in indices) if pair is not None]
         size = self._size(indices[0]) if indices else self.sizes[0]
-        return _tensor([picture for picture, _ in found], size), [caption for _, caption in found]
+        return stacked([picture for picture, _ in found], size), [caption for _, caption in found]
 
     def _stack(self, indices: Sequence[int]) -> tuple[Tensor, list[str], list[int]]:
         size, pairs = self._of_one_bucket(list(map(int, indices)))
-        images = _tensor([picture for picture, _, _ in pairs], size)
+        images = stacked([picture for picture, _, _ in pairs], size)
         return images, [caption for _, caption, _ in pairs], [used for _, _, used in pairs]
 
     def _of_one_bucket(self, indices: Sequence[int]) -> tuple[Size, list[tuple[Image.Image, str, int]]]:
@@ -252,7 +265,7 @@ class CaptionedImages(ABC):
         for index in range(len(self)):
             try:
                 yield self._read(index)[1]
-            except _Unusable:
+            except Unusable:
                 continue
 
     def report(self) -> str:
@@ -264,7 +277,7 @@ class CaptionedImages(ABC):
         return "\n".join(lines)
 
 
-def _tensor(pictures: Sequence[Image.Image], size: Size) -> Tensor:
+def stacked(pictures: Sequence[Image.Image], size: Size) -> Tensor:
     """Pictures of `size` as float32 [B, 3, H, W] in [-1, 1]."""
     import torch  # here, so that looking through a folder does not need it
 
@@ -300,7 +313,7 @@ class ImageFolder(CaptionedImages):
         relative = sorted(p.relative_to(self.root) for p in self.root.rglob("*") if p.is_file())
         files = [p for p in relative if not any(part.startswith(".") for part in p.parts)]
         for path in files:
-            if path.suffix.lower() in _OTHER_IMAGES:
+            if path.suffix.lower() in OTHER_IMAGES:
                 self._skip("format is not JPEG, PNG or WebP", str(path))
         images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
         listings = [name for name in _CAPTION_FILES if (self.root / name).is_file()]
@@ -336,17 +349,17 @@ class ImageFolder(CaptionedImages):
                 try:
                     entry = json.loads(line)
                 except (ValueError, RecursionError):  # bad JSON, not UTF-8, or nested without end
-                    raise _Unusable("line is not JSON") from None
+                    raise Unusable("line is not JSON") from None
                 if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-                    raise _Unusable('line has no "file_name"')
+                    raise Unusable('line has no "file_name"')
                 path = Path(entry["file_name"])
                 target = (self.root / path).resolve()
                 if not target.is_relative_to(inside):
-                    raise _Unusable("file_name leads out of the folder")
+                    raise Unusable("file_name leads out of the folder")
                 if not target.is_file():
-                    raise _Unusable("file_name does not exist")
+                    raise Unusable("file_name does not exist")
                 yield Path(*[part for part in path.parts if part != "."]), _caption_of(entry)
-            except _Unusable as unusable:
+            except Unusable as unusable:
                 self._skip(str(unusable), f"{name}:{number}")
 
     def __len__(self) -> int:
@@ -360,12 +373,13 @@ class ImageFolder(CaptionedImages):
         try:
             if isinstance(caption, Path):
                 caption = _text((self.root / caption).read_bytes())
-            return _beginning(self.root / image, most), caption
+            return beginning(self.root / image, most), caption
         except OSError as error:
-            raise _Unusable(f"file cannot be read ({error.strerror})") from error
+            raise Unusable(f"file cannot be read ({error.strerror})") from error
 
 
-def _beginning(path: Path, most: int) -> bytes:
+def beginning(path: Path, most: int) -> bytes:
+    """The first `most` bytes of a file; all of it if that is negative."""
     with path.open("rb") as file:
         return file.read(most)
 
@@ -374,7 +388,7 @@ def _caption_of(entry: dict[str, object]) -> str:
     for key in _CAPTION_KEYS:
         if key in entry:
             return _checked(entry[key])
-    raise _Unusable('no "caption" or "text"')
+    raise Unusable('no "caption" or "text"')
 
 
 # --- shards ---------------------------------------------------------------------------------------------------------
@@ -412,7 +426,7 @@ class WebDatasetShards(CaptionedImages):
     ) -> None:
         given = [shards] if isinstance(shards, str | Path) else list(shards)
         super().__init__(", ".join(str(item) for item in given), resolution, bucketing)
-        self.shards = [path for item in given for path in _expand(item)]
+        self.shards = [path for item in given for path in shard_files(item)]
         self._pairs: list[_Pair] = []
         for shard in self.shards:
             self._index(shard)
@@ -464,16 +478,8 @@ class WebDatasetShards(CaptionedImages):
                     file.seek(member.offset)
                     parts.append(file.read(member.size if limit < 0 else min(limit, member.size)))
         except OSError as error:
-            raise _Unusable(f"shard cannot be read ({error.strerror})") from error
-        if not pair.is_json:
-            return parts[1], _text(parts[0])
-        try:
-            entry = json.loads(parts[0])
-        except (ValueError, RecursionError):
-            raise _Unusable("caption is not JSON") from None
-        if not isinstance(entry, dict):
-            raise _Unusable('no "caption" or "text"')
-        return parts[1], _caption_of(entry)
+            raise Unusable(f"shard cannot be read ({error.strerror})") from error
+        return parts[1], caption_in(parts[0], pair.is_json)
 
 
 def numbered(pattern: str) -> list[str]:
@@ -486,10 +492,11 @@ def numbered(pattern: str) -> list[str]:
     return [name for n in numbers for name in numbered(pattern[: braces.start()] + n + pattern[braces.end() :])]
 
 
-def _expand(item: str | Path) -> list[Path]:
+def shard_files(item: str | Path) -> list[Path]:
+    """The tar files that a name means: a file, a folder of some, or a numeric brace pattern of either."""
     text = str(item)
     if numbered(text) != [text]:
-        return [path for name in numbered(text) for path in _expand(name)]
+        return [path for name in numbered(text) for path in shard_files(name)]
     path = Path(item)
     if path.is_dir():
         found = sorted(p for p in path.glob("*.tar") if not p.name.startswith("."))

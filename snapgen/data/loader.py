@@ -186,7 +186,7 @@ def open_dataset(source: str, resolution: int, *, seed: int = 0, bucketing: Buck
 
 
 def _cached(folder: Path, resolution: int, bucketing: Buckets | None) -> Any:
-    from snapgen.data.cache import CachedDataset
+    from snapgen.data.cached import CachedDataset
 
     data = CachedDataset(folder)
     if data.index["data"]["resolution"] not in (None, resolution):

@@ -32,17 +32,16 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from snapgen import seeds
 from snapgen.data.buckets import Size
 from snapgen.data.folder import (
-    _BROKEN,
-    _EXAMPLES,
-    _NO_PICTURE,
+    BROKEN,
+    EXAMPLES,
     IMAGE_SUFFIXES,
-    _caption_of,
-    _expand,
-    _tensor,
-    _text,
-    _Unusable,
+    NO_PICTURE,
+    Unusable,
+    caption_in,
     load_image,
     numbered,
+    shard_files,
+    stacked,
 )
 from snapgen.data.loader import Batch, Share
 
@@ -128,15 +127,15 @@ class WebDatasetStream:
             for piece in found:
                 self._note(piece.skipped)
             samples = sorted((sample for piece in found for sample in piece.samples), key=lambda sample: sample[0])
-            images = _tensor([image for _, image, _ in samples], Size(self.resolution, self.resolution))
+            images = stacked([image for _, image, _ in samples], Size(self.resolution, self.resolution))
             yield Batch(images=images, captions=[caption for _, _, caption in samples], positions=positions)
 
     def captions(self) -> Iterator[str]:
         """Every caption that can be read, from all shards once."""
         for name in self.shards:
             for raw in self._read(name):
-                with suppress(_Unusable):
-                    yield _caption(raw)
+                with suppress(Unusable):
+                    yield caption_in(raw.caption, raw.is_json)
 
     def report(self) -> str:
         """What was skipped so far, by reason, with a few names each."""
@@ -164,7 +163,7 @@ class WebDatasetStream:
                 self._seen.add((reason, name))
                 self.skipped[reason] += 1
                 examples = self._examples.setdefault(reason, [])
-                if len(examples) < _EXAMPLES:
+                if len(examples) < EXAMPLES:
                     examples.append(name)
                 if get_worker_info() is None:
                     log.warning("%s: skipped %s (%s)", self.source, name, reason)
@@ -230,12 +229,12 @@ class _Lane:
         for step in range(block):
             raw = self.held[(place + step) % block]
             try:
-                caption = _caption(raw)
+                caption = caption_in(raw.caption, raw.is_json)
                 try:
                     return load_image(raw.image, self.source.resolution), caption
-                except _BROKEN as error:
-                    raise _Unusable(_NO_PICTURE) from error
-            except _Unusable as unusable:
+                except BROKEN as error:
+                    raise Unusable(NO_PICTURE) from error
+            except Unusable as unusable:
                 self.source._note([(str(unusable), raw.name)])
         raise ValueError(
             f"{self.source.source}: {block} samples in a row cannot be used; a larger block looks further\n"
@@ -353,18 +352,6 @@ def _complete(shard: str, key: str, parts: Mapping[str, bytes], note: Any) -> It
         yield _Raw(name, image, caption, "txt" not in parts)
 
 
-def _caption(raw: _Raw) -> str:
-    if not raw.is_json:
-        return _text(raw.caption)
-    try:
-        entry = json.loads(raw.caption)
-    except (ValueError, RecursionError):
-        raise _Unusable("caption is not JSON") from None
-    if not isinstance(entry, dict):
-        raise _Unusable('no "caption" or "text"')
-    return _caption_of(entry)
-
-
 def _remote(shard: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]+:", shard) is not None
 
@@ -373,7 +360,7 @@ def _named(item: str | Path) -> list[str]:
     """The shards of a pattern, folder or file."""
     if _remote(str(item)):
         return numbered(str(item))
-    return [str(path) for path in _expand(item)]
+    return [str(path) for path in shard_files(item)]
 
 
 def _opened(shard: str) -> Any:

@@ -305,7 +305,7 @@ def list_batches(folder: Path, skipped: Counter[str]) -> Iterator[Tensor]:
     Raises:
         ValueError: the folder does not exist or holds no picture.
     """
-    from snapgen.data.folder import _BROKEN, _NO_PICTURE, IMAGE_SUFFIXES
+    from snapgen.data.folder import BROKEN, IMAGE_SUFFIXES, NO_PICTURE
 
     if not folder.is_dir():
         raise ValueError(f"pictures: {folder} is no folder")
@@ -316,9 +316,9 @@ def list_batches(folder: Path, skipped: Counter[str]) -> Iterator[Tensor]:
     for path in files:
         try:
             picture = _picture(path)
-        except _BROKEN as error:
-            skipped[_NO_PICTURE] += 1
-            log.warning("%s: skipped, %s (%s)", path, _NO_PICTURE, error)
+        except BROKEN as error:
+            skipped[NO_PICTURE] += 1
+            log.warning("%s: skipped, %s (%s)", path, NO_PICTURE, error)
             continue
         if held and (len(held) == BATCH or held[0].shape != picture.shape):
             yield torch.cat(held)
