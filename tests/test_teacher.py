@@ -22,7 +22,7 @@ from snapgen.distill.knowledge import KnowledgeDistillation
 from snapgen.distill.teacher import load_teacher
 from snapgen.mmdit import MMDiT
 from snapgen.pipeline import SnapGenPipeline
-from snapgen.tasks import DenoiserTask, JointText, build_denoiser
+from snapgen.tasks import DenoiserTask, build_denoiser
 from snapgen.train import train
 
 # ---- teachers --------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def teacher_task() -> DenoiserTask:
     return DenoiserTask(
         SMALL_TEACHER,
         denoiser=network,
-        text=JointText(tokenizer, encoder),
+        text=type(plain.text)(tokenizer, encoder),
         encoder=plain.encoder,
         decoder=plain.decoder,
         prompts=("a red circle",),
