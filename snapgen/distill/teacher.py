@@ -195,7 +195,9 @@ def load_teacher(
             raise ValueError("quantization: is for diffusers' transformers; a model of ours is small enough without")
         from snapgen.pipeline import load
 
-        pipe = load(folder).to(device=device, dtype=dtype or torch.float32)
+        pipe = load(folder).to(device)
+        if dtype is not None:
+            pipe.denoiser.to(dtype=dtype)
         return Teacher(pipe.denoiser, stored or pipe.encode_prompt, guidance=guidance, sharded=sharded, record=record)
     if kind == "StableDiffusion3Pipeline":
         half = dtype or torch.bfloat16
