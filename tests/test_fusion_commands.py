@@ -117,6 +117,14 @@ def test_train_prune_and_distil_a_decoder(trained, tmp_path):
             tmp_path / "p.txt", *QUICK)  # fmt: skip
 
 
+def test_what_runs_in_one_way_only_says_so(trained, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="parallel: got fsdp"):
+        run(train_decoder, "-o", tmp_path / "x", "--parallel", "fsdp", *QUICK)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="evolve: runs in one process"):
+        run(evolve, trained, "-o", tmp_path / "x", "--latency", "1", *QUICK)
+
+
 def test_prune_a_shipped_decoder(tmp_path):
     run(prune_decoder, "tiny", "-o", tmp_path / "half")
     assert load_part(tmp_path / "half").config["latent_channels"] == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ def evolve(
     console: Console,
 ) -> None:
     """See `fusion_command.evolve`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("evolve: runs in one process; start it without torchrun")
     torch.manual_seed(config.seed)
     pipe = _fusion_pipeline("checkpoint", checkpoint)
     dataset = open_dataset(data, _resolution(pipe), seed=config.seed)
@@ -171,6 +174,7 @@ def train_decoder(
     console: Console,
 ) -> None:
     """See `fusion_command.train_decoder`."""
+    _check_parallel(config)
     spec = get_preset(preset)
     torch.manual_seed(config.seed)
     dataset = open_dataset(data, spec.resolution, seed=config.seed)
@@ -206,6 +210,7 @@ def distill_decoder(
     console: Console,
 ) -> None:
     """See `fusion_command.distill_decoder`."""
+    _check_parallel(config)
     torch.manual_seed(config.seed)
     pipe = load(teacher)
     _place_all(pipe)
@@ -348,6 +353,11 @@ def _latencies(net: FusionUNet, given: Path | None, kept: Path, repeats: int, co
     found = LatencyTable.load(kept)
     console.print(f"{found.total(net):.2f} ms a forward pass on {found.device}")
     return found
+
+
+def _check_parallel(config: TrainConfig) -> None:
+    if config.parallel == "fsdp":
+        raise ValueError("parallel: got fsdp; a decoder is small and draws with whole weights: must be ddp")
 
 
 def _decoder(spec: Preset, source: Path | None) -> Any:
