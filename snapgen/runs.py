@@ -17,7 +17,7 @@ from snapgen.conditioning import CachedText, Conditioning, FrozenText, JointText
 from snapgen.config import PRESETS, SHIPPED, Preset, get_preset
 from snapgen.data import embed
 from snapgen.data.buckets import Buckets
-from snapgen.data.cache import CachedDataset
+from snapgen.data.cached import CachedDataset
 from snapgen.data.digits import DigitsDataset
 from snapgen.data.loader import open_dataset
 from snapgen.data.shapes import VOCABULARY, ShapesDataset, eval_captions
