@@ -98,7 +98,7 @@ class Source:
     """Whose latents: a shipped checkpoint's name, the export/ folder of `snapgen train-autoencoder`, or for presets
     with public latents a folder of a diffusers AutoencoderKL. By default a shipped one with the preset's latents."""
     decoder: Path | None = None
-    """Trained decoder (of `snapgen train-decoder`) of a preset with public latents, to draw sample grids and to export
+    """Trained decoder (of `snapgen decoder train`) of a preset with public latents, to draw sample grids and to export
     a whole pipeline."""
     clip_l: Path | None = None
     """Frozen CLIP-L, a folder of transformers; or text_encoder/ of a diffusers pipeline."""

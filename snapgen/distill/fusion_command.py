@@ -198,7 +198,7 @@ def distill_decoder(
     Args:
         out: The run's folder; at the end export/ has decoder/ and report.json with PSNR and SSIM to the teacher's.
         teacher: A pipeline's folder, or a shipped one's name: it draws the latents, and its decoder is imitated.
-        decoder: The student (a folder of `prune-decoder`).
+        decoder: The student (a folder of `snapgen decoder prune`).
         prompts: "shapes", or a text file with a prompt on each line.
         held_out: Prompts for the report, a text file; needed unless prompts is "shapes".
         draw_steps: Steps of a latent.
@@ -234,7 +234,7 @@ def prune_decoder(source: Positional[Path], *, out: Out, share: float = 0.5) -> 
 
 
 def import_sd(source: Positional[Path], *, out: Out, preset: str | None = None) -> None:
-    """Stable Diffusion 1.5 from a folder of diffusers as a pipeline of ours, for `train-fusion --init`.
+    """Stable Diffusion 1.5 from a folder of diffusers as a pipeline of ours, for `snapgen fusion train --init`.
 
     Args:
         source: The folder that has unet/, vae/, text_encoder/ and tokenizer/.

@@ -262,7 +262,7 @@ def _fresh(spec: Preset, data: str, autoencoder: str, objective: Any, config: Tr
     """A task with fresh weights, text encoder included, and its dataset."""
     if spec.encoder is None:
         raise ValueError(
-            f"preset: {spec.name} is trained on Stable Diffusion's latents and text; give init, a folder of `import-sd`"
+            f"preset: {spec.name} is trained on Stable Diffusion's latents and text; give init, a folder of `snapgen fusion import`"
         )
     encoder, decoder = load_autoencoder(spec, autoencoder)
     dataset = open_dataset(data, spec.resolution, seed=config.seed)
@@ -300,7 +300,7 @@ def _fusion_pipeline(argument: str, source: str) -> SnapGenPipeline:
     pipe = load(source)
     if not isinstance(pipe.denoiser, FusionUNet):
         raise ValueError(
-            f"{argument}: {source} has a {type(pipe.denoiser).__name__}; must be a pipeline of train-fusion"
+            f"{argument}: {source} has a {type(pipe.denoiser).__name__}; must be a pipeline of `snapgen fusion train`"
         )
     if pipe.encoder is None:
         raise ValueError(f"{argument}: {source} has no encoder, which training needs")
