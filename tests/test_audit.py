@@ -544,8 +544,8 @@ def test_command_prints_and_writes_and_tells_by_its_exit_code(tiny, tmp_path, mo
     cli.main(["export", "audit", str(tiny), "-o", str(page), "--json", str(table), "--phone", "iphone 14 pro"])
     said = out.getvalue()
     for word in (
-        "Unet.mlpackage",
-        "VAEDecoder.mlpackage",
+        "Unet",
+        "VAEDecoder",
         "fall back",
         "sine",
         "working sets",
@@ -561,6 +561,19 @@ def test_command_prints_and_writes_and_tells_by_its_exit_code(tiny, tmp_path, mo
         cli.main(["export", "audit", str(tiny / "Unet.mlpackage"), "--strict"])
     assert stopped.value.code == 2
     assert "falls back" in out.getvalue()
+
+
+def test_tables_fit_a_terminal_of_80_columns(tiny, tmp_path):
+    """Every package is named in every table, and no heading or figure is cut."""
+    console = Console(file=StringIO(), width=80)
+    assert audit_page.main_audit([tiny], console=console) == 0
+    said = console.file.getvalue()
+    assert "…" not in said
+    for heading in ("operations", "what they compute and move", "estimated time"):
+        table = said[said.index(heading) :].split("└")[0]
+        assert "Unet" in table and "VAEDecoder" in table, heading
+    for phone in phones.PHONES:
+        assert phone.name in said
 
 
 @pytest.mark.parametrize(
