@@ -31,11 +31,11 @@ from snapgen.export.denoiser import Denoiser
 from snapgen.export.graph import Constant, Graph, Operation, Value, read_graphs
 from snapgen.export.inspect import describe
 from snapgen.export.parts import Decoder
+from snapgen.export.rule_checks import ON_CHIP
 from snapgen.export.rules import (
     COST,
     ENGINE,
     FALLBACK,
-    ON_CHIP,
     RULES,
     SOURCES,
     UNKNOWN,

@@ -18,7 +18,8 @@ from snapgen import io, report
 from snapgen.export import phones
 from snapgen.export.audit import Audited, Report, as_json, audit, packages, summary
 from snapgen.export.cost import Step
-from snapgen.export.rules import ENGINE, FALLBACK, ON_CHIP, RULES, SOURCES, UNLISTED, VERDICTS
+from snapgen.export.rule_checks import ON_CHIP
+from snapgen.export.rules import ENGINE, FALLBACK, RULES, SOURCES, UNLISTED, VERDICTS
 from snapgen.export.tools import snapgen_version
 from snapgen.report import Html, code, join
 

@@ -127,7 +127,8 @@ class GemmaChunk(Part):
     def forward(self, **features: Tensor) -> Tensor:
         """Takes `inputs` by name."""
         given = features[self.inputs[0].name]
-        x = given.float() if self.embed_tokens is None else self.embed_tokens(given).transpose(1, 2)[:, :, None]
+        x = given if self.embed_tokens is None else self.embed_tokens(given).transpose(1, 2)[:, :, None]
+        x = x.float()
         if len(self.layers):
             padding = (features["attention_mask"].float().permute(0, 3, 1, 2) - 1.0) * -m.MASKED  # [B, M, 1, 1]
             bias = torch.minimum(self.causal, padding)  # their sum would leave fp16
@@ -137,12 +138,16 @@ class GemmaChunk(Part):
 
 
 class _Embedding(nn.Embedding):
-    """Gemma's factor sqrt(width) and the residual stream's are folded into the table."""
+    """Gemma's factor sqrt(width) and the residual stream's are folded into the table.
+
+    The table is fp16 before it is converted: of one in fp32 the converter holds about nine copies at once, which would be
+    21 GB for Gemma-2-2b's.
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config.vocab_size, config.hidden_size)
         factor = config.hidden_size**0.5 / RESIDUAL
-        self.register_load_state_dict_pre_hook(m.on_weight("weight", lambda w: w * factor))
+        self.register_load_state_dict_pre_hook(m.on_weight("weight", lambda w: (w * factor).half()))
 
 
 class _Norm(nn.Module):
