@@ -140,8 +140,8 @@ class GemmaChunk(Part):
 class _Embedding(nn.Embedding):
     """Gemma's factor sqrt(width) and the residual stream's are folded into the table.
 
-    The table is fp16 before it is converted: of one in fp32 the converter holds about nine copies at once, which would be
-    21 GB for Gemma-2-2b's.
+    The table is fp16 before it is converted: of one in fp32 the converter holds about nine copies at once, which would
+    be 21 GB for Gemma-2-2b's.
     """
 
     def __init__(self, config: Any) -> None:
