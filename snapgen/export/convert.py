@@ -50,7 +50,7 @@ def convert(part: Part, package: Path, target: str) -> None:
     """Convert a part to a package at `package` (which must not exist, and whose name must end in .mlpackage)."""
     ct = coremltools()
     passes = ct.PassPipeline(list(PASSES), "snapgen")
-    with torch.no_grad(), use("reference"), torch.random.fork_rng(devices=[]), quiet():
+    with torch.no_grad(), use("reference"), torch.random.fork_rng(devices=[]), quiet(), part.converting():
         # By name: a part whose inputs' names depend on its place takes **inputs.
         program = torch.export.export(part, (), part.arguments()).run_decompositions({})
         ct.convert(

@@ -11,6 +11,7 @@ whose argument may overflow without harm.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,6 +125,19 @@ class GemmaChunk(Part):
         else:
             self.outputs = ((f"hidden_states_{index + 1}", inner),)
 
+    @contextlib.contextmanager
+    def converting(self) -> Iterator[None]:
+        """With its table in fp16: of one in fp32 the converter holds about nine copies, 21 GB for Gemma-2-2b's."""
+        if self.embed_tokens is None:
+            yield
+            return
+        table = self.embed_tokens.weight
+        self.embed_tokens.weight = nn.Parameter(table.detach().half(), requires_grad=False)
+        try:
+            yield
+        finally:
+            self.embed_tokens.weight = table
+
     def forward(self, **features: Tensor) -> Tensor:
         """Takes `inputs` by name."""
         given = features[self.inputs[0].name]
@@ -138,16 +152,12 @@ class GemmaChunk(Part):
 
 
 class _Embedding(nn.Embedding):
-    """Gemma's factor sqrt(width) and the residual stream's are folded into the table.
-
-    The table is fp16 before it is converted: of one in fp32 the converter holds about nine copies at once, which would
-    be 21 GB for Gemma-2-2b's.
-    """
+    """Gemma's factor sqrt(width) and the residual stream's are folded into the table."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config.vocab_size, config.hidden_size)
         factor = config.hidden_size**0.5 / RESIDUAL
-        self.register_load_state_dict_pre_hook(m.on_weight("weight", lambda w: (w * factor).half()))
+        self.register_load_state_dict_pre_hook(m.on_weight("weight", lambda w: w * factor))
 
 
 class _Norm(nn.Module):
