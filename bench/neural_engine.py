@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from snapgen import io
 from snapgen.export import phones
 from snapgen.export.audit import audit
-from snapgen.export.rules import ON_CHIP
+from snapgen.export.rule_checks import ON_CHIP
 from snapgen.export.tools import coremltools, quiet
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""Compressed packages: k-means and forms against coremltools' own, sizes, sensitivities against the truth, budgets."""
+"""Compressed packages: sizes, sensitivities against the truth, budgets, and the export of them."""
 
 import itertools
 import math
@@ -23,12 +23,12 @@ from snapgen.export.coreml import build_parts, export_pipeline
 from snapgen.export.inspect import describe, report
 from snapgen.export.interpreter import Program
 from snapgen.export.options import Compression, Options
-from snapgen.export.palette import Differences, Distinct, kmeans, palettize, quantize
-from snapgen.export.tools import ExportError, ParityError, coremltools, quiet
+from snapgen.export.palette import Differences, palettize
+from snapgen.export.tools import ExportError, ParityError
 from snapgen.pipeline import SnapGenPipeline
 from snapgen.unet import SnapGenUNet
 from tests.test_export import UNET, contents, make_pipe, random_weights
-from tests.test_mil_interpreter import build
+from tests.test_rewrite import weight_file
 
 pytestmark = [pytest.mark.export, pytest.mark.complete]  # minutes, of conversions
 
@@ -79,224 +79,7 @@ def mixed(package: Path, target: str, share: float) -> Compression:
     return Compression.parse(f"mixed:{(full - (1 - share) * spared) / 1000:.3f}KB")
 
 
-def weight_file(package: Path) -> Path:
-    return package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return (np.random.default_rng(seed).standard_normal(shape) * 0.05).astype(np.float16)
-
-
-# --- k-means ---------------------------------------------------------------------------------------------------------
-
-
-def exact_kmeans(values: np.ndarray, counts: np.ndarray, size: int) -> float:
-    """The least squared error of `size` clusters of sorted values, by dynamic programming over their ends."""
-    number, total = np.cumsum(np.append(0, counts)), np.cumsum(np.append(0, counts * values))
-    square = np.cumsum(np.append(0, counts * values**2))
-
-    def cost(first: int, end: int) -> float:
-        weight = number[end] - number[first]
-        return square[end] - square[first] - (total[end] - total[first]) ** 2 / weight
-
-    best = [cost(0, end) if end else 0.0 for end in range(len(values) + 1)]
-    for _ in range(size - 1):
-        best = [0.0] + [min(best[cut] + cost(cut, end) for cut in range(end)) for end in range(1, len(values) + 1)]
-    return best[-1]
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_kmeans_is_near_the_best_possible(bits):
-    generator = np.random.default_rng(bits)
-    # Normal with a tenth of far values: weights with outliers. Rounded, so that values repeat.
-    rows = np.where(generator.random((1, 400)) < 0.1, 6, 1) * generator.standard_normal((1, 400))
-    distinct = Distinct.of((rows * 8).round().astype(np.float16) / 8)
-    lut = kmeans(distinct, bits)
-    error = (distinct.counts * (lut[0, distinct.nearest(lut)] - distinct.values) ** 2).sum()
-    best = exact_kmeans(distinct.values, distinct.counts, 1 << bits)
-    assert best * 0.999 <= error <= best * 1.001  # levels are rounded to fp16
-
-
-def test_a_far_value_takes_no_levels_from_the_others():
-    weights = normal(1, 4000)
-    alone = palettize(weights, 4)
-    weights[0, 7] = 60000
-    palette = palettize(weights, 4)
-    kept = np.delete(weights[0].astype(np.float64), 7)
-    near = np.delete(palette.lut[0].astype(np.float64)[palette.indices[0]], 7)
-    before = np.delete(alone.lut[0].astype(np.float64)[alone.indices[0]], 7)
-    assert palette.lut[0, palette.indices[0, 7]] == np.float16(60000)
-    assert np.square(near - kept).mean() < 1.3 * np.square(before - kept).mean()
-
-
-@pytest.mark.parametrize(("bits", "decibels"), [(2, 9.30), (3, 14.62), (4, 20.22), (6, 31.89), (8, 43.78)])
-def test_normal_weights_lose_what_theory_says(bits, decibels):
-    """Signal to noise of the Lloyd-Max quantizer of a normal variable (Max 1960, Jayant and Noll 1984)."""
-    weights = normal(512, 512)
-    palette = palettize(weights, bits)
-    exact = weights.astype(np.float64)
-    noise = np.square(palette.lut[0].astype(np.float64)[palette.indices] - exact).mean()
-    assert 10 * np.log10(np.square(exact).mean() / noise) == pytest.approx(decibels, abs=0.3)
-
-
-@pytest.mark.parametrize("groups", [1, 3, 96])
-def test_every_weight_takes_the_nearest_entry_of_its_group(groups):
-    weights = normal(96, 20, 3, 3) * np.linspace(0.2, 30, 96).astype(np.float16)[:, None, None, None]
-    weights[0, 0, 0, :2] = 0.0, -0.0
-    palette = palettize(weights, 4, groups)
-    assert palette.lut.shape == (groups, 16) and palette.lut.dtype == np.float16
-    assert palette.indices.shape == weights.shape and (np.diff(palette.lut.astype(np.float32)) >= 0).all()
-    rows = weights.reshape(groups, -1).astype(np.float64)
-    distance = np.abs(rows[:, :, None] - palette.lut.astype(np.float64)[:, None])
-    taken = np.take_along_axis(distance, palette.indices.reshape(groups, -1, 1).astype(np.int64), 2)[..., 0]
-    assert np.array_equal(taken, distance.min(axis=2))
-
-
-def test_few_values_are_kept_exactly():
-    weights = np.array([[0.5, -2.0, 0.5, 7.0], [1.0, 1.0, 1.0, 1.0]], np.float16)
-    for groups in (1, 2):
-        palette = palettize(weights, 2, groups)
-        rows = palette.indices.reshape(groups, -1).astype(np.int64)
-        assert np.array_equal(np.take_along_axis(palette.lut, rows, 1).reshape(weights.shape), weights)
-    integers, scale = quantize(np.zeros((2, 3), np.float16))
-    assert not integers.any() and np.isfinite(scale).all()
-
-
-@pytest.mark.parametrize("bad", [np.inf, np.nan])
-def test_weights_beyond_fp16_are_refused(bad):
-    weights = normal(4, 4)
-    weights[1, 2] = bad
-    for how in (lambda: palettize(weights, 4), lambda: quantize(weights)):
-        with pytest.raises(ValueError, match="weights: some are not finite in fp16"):
-            how()
-
-
-@pytest.mark.parametrize("choices", [{8: 1, 4: 1}, {8: 2, 4: 8, 3: 1, 2: 8}, {6: 25, 3: 100}])
-def test_projections_are_inner_products(choices):
-    weights = normal(800, 12)
-    gradient = np.random.default_rng(5).standard_normal(weights.shape).astype(np.float32)
-    found = Differences(weights, choices).project(weights, gradient)
-    for value, (bits, groups) in zip(found, choices.items(), strict=True):
-        palette = palettize(weights, bits, groups)
-        indices = palette.indices.reshape(groups, -1).astype(np.int64)
-        change = np.take_along_axis(palette.lut.astype(np.float64), indices, 1).reshape(weights.shape) - weights
-        assert value == pytest.approx((change * gradient).sum(), rel=1e-5, abs=1e-6)
-
-
-# --- forms -----------------------------------------------------------------------------------------------------------
-
-
-def one_convolution(path: Path, target: str, weight: np.ndarray, **arguments) -> Path:
-    """A package of one fp16 convolution."""
-    ct, mil = coremltools(), coremltools("converters.mil.mil")
-    channels = weight.shape[1] * arguments.get("groups", 1)
-
-    @mil.Builder.program(
-        input_specs=[mil.Builder.TensorSpec((1, channels, 9, 9), dtype=mil.types.fp16)],
-        opset_version=getattr(ct.target, target),
-    )
-    def program(x):
-        return mil.Builder.conv(x=x, weight=weight, name="y", **arguments)
-
-    with quiet():
-        ct.convert(
-            program,
-            minimum_deployment_target=getattr(ct.target, target),
-            pass_pipeline=ct.PassPipeline.EMPTY,
-            skip_model_load=True,
-            package_dir=str(path),
-        )
-    return path
-
-
-def operations(package: Path) -> dict:
-    """Constexpr operations of a package by the convolution's argument, their places in the weight file left out."""
-    spec, _ = inspect.read_spec(package)
-    found = {}
-    for op in inspect._operations(spec):
-        if op.type.startswith("constexpr_"):
-            values = {name: value for name, value in inspect._named_values(op).items() if name != "name"}
-            found[op.type] = {name: (value.type, value.WhichOneof("value")) for name, value in values.items()}
-            found[op.type]["as inputs"] = sorted(op.inputs)
-    return found
-
-
-@pytest.mark.parametrize("target", ["iOS17", "iOS18"])
-@pytest.mark.parametrize("form", ["palette-8", "palette-4", "palette-2", "int8"])
-def test_forms_are_those_that_coremltools_writes(tmp_path, target, form):
-    """The same operations, arguments, types and sizes, and decoded by coremltools to what was meant."""
-    weight = normal(64, 40, 1, 1)
-    plain = one_convolution(tmp_path / "plain.mlpackage", target, weight)
-    mine = Path(shutil.copytree(plain, tmp_path / "mine.mlpackage"))
-    (only,), _ = rewrite.weights(mine)
-    bits = rewrite.bits_of(form)
-    groups = rewrite.groups(weight.shape, bits, target)
-    rewrite.rewrite(mine, {only: form}, target, {})
-
-    ct = coremltools()
-    tools = ct.optimize.coreml
-    with quiet():
-        model = ct.models.MLModel(str(plain), skip_model_load=True)
-        if form == "int8":
-            config = tools.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=0)
-            theirs = tools.linear_quantize_weights(model, tools.OptimizationConfig(config))
-        else:
-            grouped = dict(granularity="per_grouped_channel", group_size=64 // groups) if groups > 1 else {}
-            config = tools.OpPalettizerConfig(mode="uniform", nbits=bits, weight_threshold=0, **grouped)
-            theirs = tools.palettize_weights(model, tools.OptimizationConfig(config))
-        theirs.save(str(tmp_path / "theirs.mlpackage"))
-    assert operations(mine) == operations(tmp_path / "theirs.mlpackage") != {}
-    assert describe(mine)["weights"] == describe(tmp_path / "theirs.mlpackage")["weights"]
-
-    program = Program(mine)
-    if form == "int8":
-        integers, scale = quantize(weight)
-        meant = integers * scale.astype(np.float32)[:, None, None, None]
-    else:
-        palette = palettize(weight, bits, groups)
-        indices = palette.indices.reshape(groups, -1).astype(np.int64)
-        meant = np.take_along_axis(palette.lut, indices, 1).reshape(weight.shape)
-    assert np.array_equal(program._constants[only.name].numpy(), meant.astype(np.float16))
-
-
-def test_int8_is_off_by_half_a_step():
-    weight = normal(64, 300) * np.linspace(0.01, 50, 64).astype(np.float16)[:, None]
-    integers, scale = quantize(weight)
-    exact = weight.astype(np.float64)
-    assert np.abs(integers).max() == 127
-    bound = 0.5 * scale.astype(np.float64)[:, None] + 127 * 2.0**-11 * scale.astype(np.float64)[:, None]
-    assert (np.abs(integers * scale.astype(np.float64)[:, None] - exact) <= bound).all()
-
-
-@pytest.mark.parametrize(
-    ("shape", "arguments", "compressed"),
-    [
-        ((64, 40, 1, 1), dict(), True),
-        ((64, 40, 1, 1), dict(strides=[2, 2]), True),
-        ((64, 40, 1, 1), dict(strides=[1, 3]), False),  # the engine takes palettes up to stride 2
-        ((256, 1, 3, 3), dict(groups=256), False),  # depthwise
-        ((64, 32, 3, 3), dict(groups=2), True),
-        ((64, 31, 1, 1), dict(), False),  # below SMALLEST
-    ],
-)
-def test_which_weights_can_be_compressed(tmp_path, shape, arguments, compressed):
-    package = one_convolution(tmp_path / "p.mlpackage", "iOS17", normal(*shape), **arguments)
-    found, size = rewrite.weights(package)
-    assert [weight.shape for weight in found] == ([shape] if compressed else [])
-    assert size == weight_file(package).stat().st_size
-
-
-def test_constants_with_another_use_stay(tmp_path):
-    weight = torch.from_numpy(normal(64, 64)).float()
-    x = torch.randn(64, 64).half()
-
-    def program(mb, x):
-        table, other = weight.half().numpy(), (2 * weight).half().numpy()
-        return mb.add(x=mb.linear(x=x, weight=other), y=table), mb.matmul(x=x, y=(3 * weight).half().numpy())
-
-    package = build(program, tmp_path / "p.mlpackage", x=x)
-    found, _ = rewrite.weights(package)
-    assert [weight.key for weight in found] == [rewrite.weight_key((2 * weight).half().numpy())]
+# --- whole packages --------------------------------------------------------------------------------------------------
 
 
 def test_norms_biases_and_depthwise_kernels_stay(pipe, fp16):
@@ -307,9 +90,6 @@ def test_norms_biases_and_depthwise_kernels_stay(pipe, fp16):
     assert sorted(w.key for w in found) == sorted(rewrite.weight_key(w.numpy()) for w in large)
     assert len(found) > 20
     assert sum(w.elements for w in found) > 0.6 * sum(p.numel() for p in part.parameters())
-
-
-# --- whole packages --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["iOS17", "iOS18"])

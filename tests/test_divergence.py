@@ -20,7 +20,7 @@ from snapgen.export.convert import convert
 from snapgen.export.coreml import build_parts, text_tokens
 from snapgen.export.gemma import gemma_chunks
 from snapgen.export.inspect import read_spec
-from snapgen.export.options import DEFAULTS
+from snapgen.export.options import DEFAULTS, Options
 from snapgen.export.tools import ExportError, coremltools, quiet
 from snapgen.pipeline import SnapGenPipeline
 
@@ -97,6 +97,27 @@ def test_the_decoder_names_the_layer_that_overflows(pipe, tmp_path):
     text = console.file.getvalue()
     assert text.index("stages.1.0.pointwise1") < text.index("in order of execution")
     assert "overflow" in text and "#" * divergence.BAR in text
+
+
+def test_chunks_name_their_layers_as_the_denoiser_does(planted, pipe, tmp_path):
+    """Both halves together compare what the whole package compares, and the planted weight is found in its half."""
+    _, whole = planted
+    options = Options(chunks=True)
+    wrong = copy.deepcopy(pipe.denoiser)
+    with torch.no_grad():
+        wrong.up[1].layers[0].res.conv1.pointwise.weight[3] += 1.0
+    other = SnapGenPipeline(**dict(pipe.components, denoiser=wrong), joint_text=True)
+    halves = []
+    for part in build_parts(other, "denoiser", options, text_tokens(other)):
+        convert(part, tmp_path / part.file, "iOS17")
+        halves.append(divergence.compare(tmp_path / part.file, pipe, options, case=1))
+    named = [[layer["name"] for layer in half["layers"]] for half in halves]
+    assert all(named) and not set(named[0]) & set(named[1])
+    assert named[0] + named[1] == [layer["name"] for layer in whole["layers"]]
+    assert "down.0.layers.0.res.conv1.pointwise" in named[0] and "up.1.layers.0.res.conv2" in named[1]
+    assert divergence.worst(halves[1])[0]["name"] == "up.1.layers.0.res.conv1.pointwise"
+    assert all(half["skipped"] == {} for half in halves)
+    assert min(divergence.decibels(layer["own"]) for layer in halves[0]["layers"]) > 45
 
 
 @pytest.fixture(scope="module")

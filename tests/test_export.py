@@ -549,6 +549,15 @@ def test_the_command_shows_progress_and_contents(pipe, tmp_path):
     for expected in ("checking the decoder", "VAEDecoder.mlpackage", "1x4x8x8", "pixel_shuffle", "(floor 55)"):
         assert expected in text
     assert f"{found['parts']['decoder']['psnr']:.1f} dB" in text
+    assert f"wrote {tmp_path / 'out'}" in text
+
+
+def test_an_out_that_cannot_be_written_to_is_named(pipe, tmp_path):
+    (tmp_path / "file").write_text("here already")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ExportError, match=rf"out: got {out}; must be a folder that can be written to \(.+\)"):
+            export_pipeline(pipe, out, Options(parts=("decoder",)))
+    assert (tmp_path / "file").read_text() == "here already"
 
 
 def test_a_description_fits_80_columns(exported):

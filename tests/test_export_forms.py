@@ -122,6 +122,9 @@ def test_packages_draw_in_the_networks_place(exported, pipe):
     assert parity.psnr(drawn(prompts, latents=latents, **settings).images, wanted) > 45
     with pytest.raises(ValueError, match="inputs: sample has shape"):
         drawn(prompts, height=128, **settings)
+    heard = []
+    drawn.decoder.decode(latents[:1], progress=lambda done, total: heard.append(done / total))
+    assert heard[-1] == 1.0  # or a bar would stay at its beginning
 
 
 def test_a_folder_without_packages_is_refused(pipe, tmp_path):

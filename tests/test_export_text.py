@@ -242,6 +242,16 @@ def test_gemma_is_cut_by_a_parameter_budget(pipe, tmp_path):
     assert parity.check("text_encoder_3", program, pipe, cases) >= 45
 
 
+def test_the_table_is_converted_in_fp16_and_stays_as_it_was(pipe):
+    chunk, *_ = gemma_chunks(pipe.text_encoder_3, batch=1, tokens=GEMMA_TOKENS)
+    table = chunk.embed_tokens.weight
+    before = table.clone()
+    with chunk.converting():
+        assert chunk.embed_tokens.weight.dtype == torch.float16
+        assert torch.equal(chunk.embed_tokens.weight, before.half())
+    assert chunk.embed_tokens.weight is table and torch.equal(table, before)
+
+
 def test_the_published_size_is_five_packages():
     """By arithmetic alone: no weight is drawn."""
     with torch.device("meta"):

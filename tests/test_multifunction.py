@@ -1,6 +1,7 @@
 """Several shapes in one package: each function is right, weights stand once, and one shape stays what it was."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,18 +10,22 @@ import torch
 
 pytest.importorskip("coremltools", reason="the Core ML export is an optional part")
 
+from snapgen.decoder import TinyDecoder
 from snapgen.export import parity
+from snapgen.export.compress import compress
 from snapgen.export.convert import convert
 from snapgen.export.coreml import build_parts, export_pipeline
 from snapgen.export.inspect import describe, read_spec
 from snapgen.export.interpreter import Program
 from snapgen.export.multifunction import functions, join, latent_size
-from snapgen.export.options import Options
+from snapgen.export.options import Compression, Options
 from snapgen.export.tools import PackageError
 from snapgen.export.verify import verify
 from snapgen.pipeline import SnapGenPipeline
+from tests.test_compress import wide_pipe
 from tests.test_export import contents, make_pipe
 from tests.test_verify import FAKE, _worker_finds_snapgen  # noqa: F401 - a fixture of its own module
+from tests.weights import random_weights
 
 pytestmark = [pytest.mark.export, pytest.mark.complete]  # minutes, of conversions
 
@@ -42,8 +47,10 @@ def batches(pipe, tmp_path_factory) -> tuple[Path, dict]:
 
 @pytest.fixture(scope="module")
 def sizes(pipe, tmp_path_factory) -> tuple[Path, dict[str, Path]]:
-    """Decoders of one size each, and what they are joined to."""
+    """Decoders of one size each, wide enough to be compressed, and what they are joined to."""
     out = tmp_path_factory.mktemp("sizes")
+    decoder = TinyDecoder(latent_channels=4, channels=(64, 64, 48, 48), blocks=(1, 1, 1, 1), norm_groups=8)
+    pipe = SnapGenPipeline(**dict(pipe.components, decoder=random_weights(decoder)), joint_text=True)
     options = Options(parts=("decoder",), target="iOS18", sizes=("64x64", "48x96"))
     singles = {}
     for name, choice in functions(pipe, "decoder", options).items():
@@ -140,6 +147,51 @@ def test_joined_functions_are_the_packages_they_came_from(sizes):
     join(singles, part, again)
     assert contents(again) == contents(out / DECODER)
     assert read_spec(again)[0].description.defaultFunctionName == "size_64x64"
+
+
+@pytest.mark.parametrize("form", ["palette-6", "int8"])
+def test_compressed_functions_are_the_compressed_packages_they_came_from(sizes, pipe, tmp_path, form):
+    """To the bit, and the compressed weights stand once."""
+    out, singles = sizes
+    how, joined = Compression.parse(form), Path(shutil.copytree(out / DECODER, tmp_path / DECODER))
+    compressed = compress("decoder", [joined], how, "iOS18", pipe, 16)
+    assert compressed["weight_bytes"] < 0.8 * compressed["fp16_bytes"]
+    assert list(describe(joined)["functions"]) == list(singles)
+    for name, single in singles.items():
+        alone = Path(shutil.copytree(single, tmp_path / single.name))
+        apart = compress("decoder", [alone], how, "iOS18", pipe, 16)
+        forms = [{layer["name"]: layer["form"] for layer in found["layers"]} for found in (compressed, apart)]
+        assert forms[0] == forms[1] and set(forms[0].values()) == {form}
+        weights = describe(joined)["functions"][name]["operations"]
+        assert weights == describe(alone)["functions"]["main"]["operations"]
+        program, reference = Program(joined, name), Program(alone)
+        z = torch.randn(program.inputs["z"][0], generator=torch.Generator().manual_seed(1))
+        assert torch.equal(program({"z": z})["image"], reference({"z": z})["image"])
+        assert not torch.equal(program({"z": z})["image"], Program(single)({"z": z})["image"])
+    # One function's weights, and the other's constants of its shape.
+    assert compressed["weight_bytes"] < 1.05 * apart["weight_bytes"]
+
+
+def test_functions_of_chunks_share_a_budget(tmp_path):
+    """A budget for both batches and both halves; each function holds its floor and is verified."""
+    options = Options(parts=("denoiser",), target="iOS18", batches=(2, 1), chunks=True, steps=4, compress="mixed:600KB")
+    entry = export_pipeline(wide_pipe(), tmp_path, options)["parts"]["denoiser"]
+    files = sorted(tmp_path.rglob("weight.bin"))
+    assert len(files) == 2
+    assert sum(file.stat().st_size for file in files) == entry["compression"]["weight_bytes"] <= 600_000
+    assert entry["compression"]["weight_bytes"] > 0.97 * 600_000
+    assert {layer["package"] for layer in entry["compression"]["layers"]} == {
+        "UnetChunk1.mlpackage",
+        "UnetChunk2.mlpackage",
+    }
+    assert list(entry["functions"]) == ["batch_2", "batch_1"]
+    figures = [function["psnr"] for function in entry["functions"].values()]
+    assert min(figures) == entry["psnr"] >= entry["floor"] == parity.COMPRESSED_FLOORS["mixed"]["denoiser"]
+    # The weights are the same: what differs between the functions is whose caption is in the call.
+    assert abs(figures[0] - figures[1]) < 3
+    assert abs(entry["psnr"] - entry["compression"]["expected_psnr"]) < 6
+    found = verify(tmp_path)
+    assert found["holds"] and [it["function"] for it in found["results"]] == ["batch_1", "batch_2"]
 
 
 def test_every_function_is_verified(batches):

@@ -16,9 +16,9 @@ from snapgen.export import phones
 from snapgen.export.cost import PRODUCTS, Step, flops, segments_of, steps_of
 from snapgen.export.graph import Graph, Operation, Value, read_graphs
 from snapgen.export.inspect import SYSTEMS, read_spec
+from snapgen.export.rule_checks import ON_CHIP
 from snapgen.export.rules import (
     FALLBACK,
-    ON_CHIP,
     RULES,
     SOURCES,
     UNLISTED,

@@ -18,7 +18,8 @@ from snapgen import io, report
 from snapgen.export import phones
 from snapgen.export.audit import Audited, Report, as_json, audit, packages, summary
 from snapgen.export.cost import Step
-from snapgen.export.rules import ENGINE, FALLBACK, ON_CHIP, RULES, SOURCES, UNLISTED, VERDICTS
+from snapgen.export.rule_checks import ON_CHIP
+from snapgen.export.rules import ENGINE, FALLBACK, RULES, SOURCES, UNLISTED, VERDICTS
 from snapgen.export.tools import snapgen_version
 from snapgen.report import Html, code, join
 
@@ -68,7 +69,8 @@ def main_audit(
 
 def show(reports: Sequence[Report], phone: phones.Phone, console: Console, *, only: bool = False) -> None:
     """Print the tables: verdicts, what falls back and why, working sets, and estimates (of `phone` only, or of all)."""
-    console.print(_verdicts(reports))
+    for table in _verdicts(reports):
+        console.print(table)
     for found in reports:
         rules = _by_rule(found)
         if rules:
@@ -79,6 +81,8 @@ def show(reports: Sequence[Report], phone: phones.Phone, console: Console, *, on
                 op, detail = listed[0]
                 table.add_row(rule.name, rule.verdict, str(len(listed)), escape(f"{op.op.name}: {detail}"))
             console.print(table)
+        else:
+            console.print(f"{escape(_title(found))}: no rule speaks against an operation", highlight=False)
         for it in found.borders:
             console.print(escape(f"  {it.side}put {it.name}: {it.detail}"), highlight=False, soft_wrap=True)
         for note in found.notes:
@@ -88,12 +92,11 @@ def show(reports: Sequence[Report], phone: phones.Phone, console: Console, *, on
         if largest:
             console.print(escape(f"  largest working sets: {largest}"), highlight=False, soft_wrap=True)
     table = Table(title="estimated time of a prediction, without what falls back", title_justify="left")
-    table.add_column("package")
-    devices = (phone,) if only else phones.PHONES
-    for device in devices:
-        table.add_column(device.name, justify="right")
+    table.add_column("phone", no_wrap=True)
     for found in reports:
-        table.add_row(escape(_title(found)), *(_time(found.seconds(device)) for device in devices))
+        table.add_column(escape(_title(found)), justify="right", overflow="fold")
+    for device in (phone,) if only else phones.PHONES:
+        table.add_row(device.name, *(_time(found.seconds(device)) for found in reports))
     console.print(table)
     console.print(f"{trust_line()} {CAVEAT}", highlight=False)
 
@@ -418,30 +421,38 @@ def _worst_working_sets(found: Report) -> list[Audited]:
     return sorted(moving, key=lambda op: -op.working_set)
 
 
-def _verdicts(reports: Sequence[Report]) -> Table:
-    table = Table(title="Neural Engine audit", title_justify="left")
-    table.add_column("package")
-    for name in ("ops", "engine", "at a cost", "unknown", "fall back", "FLOPs on engine", "GFLOP", "weights", "moved",
-                 "spilling", "runs"):  # fmt: skip
-        table.add_column(name, justify="right")
+def _verdicts(reports: Sequence[Report]) -> tuple[Table, Table]:
+    """Verdicts by operations, and what the packages compute and move: two tables, that both fit 80 columns."""
+    counts = Table(title="Neural Engine audit: operations", title_justify="left")
+    work = Table(title="what they compute and move", title_justify="left")
+    for table, columns in (
+        (counts, ("all", "engine", "at a cost", "unknown", "fall back", "runs")),
+        (work, ("GFLOP", "on engine", "weights", "moved", "spilling")),
+    ):
+        table.add_column("package", overflow="fold")
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
     for found in reports:
-        figures = summary(found)
-        table.add_row(
-            escape(_title(found)),
+        figures, title = summary(found), escape(_title(found))
+        counts.add_row(
+            title,
             str(figures["operations"]),
             *(str(figures["verdicts"][name]["operations"]) for name in VERDICTS),
-            f"{figures['share_on_engine']:.2%}",
+            str(figures["segments"]),
+        )
+        work.add_row(
+            title,
             f"{figures['flops'] / 1e9:.2f}",
+            f"{figures['share_on_engine']:.2%}",
             report.size(figures["weight_bytes"]),
             report.size(figures["moved_bytes"]),
             str(figures["spilling_operations"]),
-            str(figures["segments"]),
         )
-    return table
+    return counts, work
 
 
 def _title(found: Report) -> str:
-    name = Path(found.path).name
+    name = Path(found.path).stem
     return name if found.function == "main" else f"{name}, function {found.function}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from snapgen.config import get_preset
@@ -69,6 +70,8 @@ def main_coreml(
         if "compression" in entry:
             console.print(f"compressed: {compression_summary(name, entry['compression'])}", highlight=False)
     console.print(f"against PyTorch in fp32: {parity.summary(report['parts'])}", highlight=False)
+    told = f"wrote {out}; look into it with: snapgen export audit {out}"
+    console.print(escape(told), highlight=False, soft_wrap=True)
     return report
 
 

@@ -50,7 +50,7 @@ def convert(part: Part, package: Path, target: str) -> None:
     """Convert a part to a package at `package` (which must not exist, and whose name must end in .mlpackage)."""
     ct = coremltools()
     passes = ct.PassPipeline(list(PASSES), "snapgen")
-    with torch.no_grad(), use("reference"), torch.random.fork_rng(devices=[]), quiet():
+    with torch.no_grad(), use("reference"), torch.random.fork_rng(devices=[]), quiet(), part.converting():
         # By name: a part whose inputs' names depend on its place takes **inputs.
         program = torch.export.export(part, (), part.arguments()).run_decompositions({})
         ct.convert(
@@ -80,7 +80,7 @@ def _holds_in_fp16(op: Any) -> bool:
     return not (op.op_type in waves or (op.op_type in ("mul", "reshape", "expand_dims") and leads_to_waves(op, 1)))
 
 
-def stamp(part: Part, package: Path, layers: dict[str, str] | None = None) -> None:
+def stamp(part: Part, package: Path, layers: dict[str, list[str]] | None = None) -> None:
     """Write the metadata into a fresh package, and take out of it whatever differs between two exports.
 
     `layers` are those of `snapgen.export.names.nodes`.

@@ -57,8 +57,8 @@ def export_pipeline(
 
     Raises:
         ValueError: an argument is none of those allowed.
-        ExportError: coremltools is missing, a part has layers that are not exported, or its weights do not fit into the
-            budget of `options.compress`.
+        ExportError: coremltools is missing, `out_dir` cannot be written to, a part has layers that are not exported, or
+            its weights do not fit into the budget of `options.compress`.
         ParityError: a part is below its floor.
     """
     names = options.parts or tuple(name for name in PARTS if getattr(pipe, name) is not None)
@@ -76,7 +76,6 @@ def export_pipeline(
     choices = {name: functions(pipe, name, options) for name in names}
     ct = coremltools()
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "target": options.target,
         "batch": options.batch,
@@ -86,7 +85,7 @@ def export_pipeline(
     tell = progress or (lambda message, share: None)
     steps = 2 * len(names) + 1
     golden = Golden()
-    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".export-") as staging:
+    with _staging(out_dir) as staging:
         fresh = Path(staging) / "fresh"
         fresh.mkdir()
         tell("reading the pipeline", 0.0)
@@ -133,6 +132,15 @@ def export_pipeline(
         entry["packages"] = [inspect.describe(out_dir / file) for file in entry["packages"]]
     tell("done", 1.0)
     return report
+
+
+def _staging(out_dir: Path) -> tempfile.TemporaryDirectory[str]:
+    """A hidden folder in `out_dir`, which is made if it is not there."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=out_dir, prefix=".export-")
+    except OSError as error:
+        raise ExportError(f"out: got {out_dir}; must be a folder that can be written to ({error.strerror})") from error
 
 
 def build_parts(pipe: Any, name: str, options: Options, tokens: int) -> list[Part]:

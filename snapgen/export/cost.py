@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from snapgen.export.graph import Graph, Operation, Value
-from snapgen.export.rules import FALLBACK, ON_CHIP, words
+from snapgen.export.rule_checks import ON_CHIP, words
+from snapgen.export.rules import FALLBACK
 
 PRODUCTS = ("conv", "conv_transpose", "linear", "matmul", "einsum", "scaled_dot_product_attention")
 _VIEWS = words(

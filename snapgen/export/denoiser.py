@@ -32,6 +32,7 @@ class Unit:
     """A layer or sampler. `side`: "down" keeps its output for the upper half, "up" takes one of those."""
 
     side: str
+    path: str  # of the module, in the trained denoiser as in the exported one
     module: nn.Module
     rope: tuple[Tensor, Tensor] | None
 
@@ -176,16 +177,18 @@ class Denoiser(_Ends):
     def units(self) -> list[Unit]:
         """Layers and samplers in the order in which they run."""
         found = []
-        for stage, down in enumerate(self.down):
-            found += [Unit("down", layer, self._rope(stage)) for layer in down.layers]
-            if down.sampler is not None:
-                found.append(Unit("down", down.sampler, None))
         last = len(self.down) - 1
-        found.append(Unit("mid", self.mid, self._rope(last)))
+        for index, down in enumerate(self.down):
+            path, rope = f"down.{index}", self._rope(index)
+            found += [Unit("down", f"{path}.layers.{place}", layer, rope) for place, layer in enumerate(down.layers)]
+            if down.sampler is not None:
+                found.append(Unit("down", f"{path}.sampler", down.sampler, None))
+        found.append(Unit("mid", "mid", self.mid, self._rope(last)))
         for index, up in enumerate(self.up):
-            found += [Unit("up", layer, self._rope(last - index)) for layer in up.layers]
+            path, rope = f"up.{index}", self._rope(last - index)
+            found += [Unit("up", f"{path}.layers.{place}", layer, rope) for place, layer in enumerate(up.layers)]
             if up.sampler is not None:
-                found.append(Unit("mid", up.sampler, None))
+                found.append(Unit("mid", f"{path}.sampler", up.sampler, None))
         return found
 
     def _rope(self, stage: int) -> tuple[Tensor, Tensor] | None:
@@ -246,7 +249,8 @@ class DenoiserChunk(_Ends):
         units = whole.units()
         cut = _middle([sum(p.numel() for p in unit.module.parameters()) for unit in units])
         self.own = units[cut:] if second else units[:cut]
-        self.layers = nn.ModuleList(unit.module for unit in self.own)
+        for unit in self.own:
+            _place(self, unit.path, unit.module)
         for index, unit in enumerate(self.own):  # tables that are not registered would not be found in the program
             for name, table in zip(("cos", "sin"), unit.rope or (), strict=False):
                 self.register_buffer(f"{name}_{index}", table, persistent=False)
@@ -286,6 +290,16 @@ class DenoiserChunk(_Ends):
         if self.second:
             return self.end(state)
         return tuple(value.half() for value in (state.x, state.temb, *state.skips))
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Make `module` the submodule of `root` at `path`, so that its layers have the whole denoiser's names."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in dict(root.named_children()):
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)
 
 
 def _middle(sizes: Sequence[int]) -> int:

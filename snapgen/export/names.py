@@ -14,11 +14,12 @@ import torch
 KEY = "snapgen.layers"
 
 
-def nodes(program: Any, outputs: tuple[str, ...]) -> dict[str, str]:
-    """The layers of a torch.export program, in order, and the node that each returns: the last one inside it.
+def nodes(program: Any, outputs: tuple[str, ...]) -> dict[str, list[str]]:
+    """The layers of a torch.export program, in order, and what the value that each returns (the last one inside it) may
+    be called in the package, the likeliest first.
 
-    A layer that is called more than once is left out. coremltools names variables after nodes, and results after
-    `outputs`.
+    A layer that is called more than once is left out. coremltools names variables after nodes, with a suffix where it
+    made them fp16, and results after `outputs`.
     """
     last: dict[str, Any] = {}
     repeated = set()
@@ -32,18 +33,19 @@ def nodes(program: Any, outputs: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for path, node in last.items():
         if path and path not in repeated:
-            returned = node
-            # A result is named as such, and so is what is only cast to become one. Assertions use nothing further.
-            while returned not in results:
-                users = [user for user in returned.users if user.users]
-                if len(users) != 1 or users[0].target is not torch.ops.aten._to_copy.default:
-                    break
-                returned = users[0]
-            found[path] = results.get(returned, node.name)
+            # A result is named as such, and so is what is cast to become one, also where layers go on with it.
+            found[path] = [*_results(node, results), f"{node.name}_cast_fp16", node.name]
     return found
 
 
-def stamp(spec: Any, layers: dict[str, str]) -> None:
+def _results(node: Any, results: dict[Any, str]) -> list[str]:
+    """Names of the results that are the value of a node, cast or not."""
+    own = [results[node]] if node in results else []
+    casts = [user for user in node.users if user.target is torch.ops.aten._to_copy.default]
+    return own + [name for cast in casts for name in _results(cast, results)]
+
+
+def stamp(spec: Any, layers: dict[str, list[str]]) -> None:
     """Write into a model description where its layers' outputs are, but for those that the compiler merged away."""
     made = {
         output.name
@@ -52,8 +54,8 @@ def stamp(spec: Any, layers: dict[str, str]) -> None:
         for output in op.outputs
     }
     found = {}
-    for path, node in layers.items():
-        for name in (f"{node}_cast_fp16", node):
+    for path, candidates in layers.items():
+        for name in candidates:
             if name in made:
                 found[path] = name
                 break

@@ -7,6 +7,7 @@ place), and leaves the trained one as it was. Shapes as in `snapgen.export.modul
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,10 @@ class Part(nn.Module):
     about: str
     inputs: tuple[Feature, ...]
     outputs: tuple[tuple[str, str], ...]
+
+    def converting(self) -> contextlib.AbstractContextManager[None]:
+        """What is different about the part while it is converted; nothing of it stays."""
+        return contextlib.nullcontext()
 
     def arguments(self) -> dict[str, Tensor]:
         """Examples of the inputs, as `forward` takes them by name."""

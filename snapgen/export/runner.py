@@ -116,8 +116,11 @@ class PackagedDecoder(_Packaged):
         return int(self._trained[0].upscale)
 
     def decode(self, latents: Tensor, *, low_memory: bool | None = None, progress: Any = None) -> Tensor:
-        """Pictures [B, 3, upscale * H, upscale * W] of latents [B, C, H, W]."""
-        return self._run({"z": latents})["image"]
+        """Pictures [B, 3, upscale * H, upscale * W] of latents [B, C, H, W]; `progress` hears of the end alone."""
+        image = self._run({"z": latents})["image"]
+        if progress is not None:
+            progress(1, 1)
+        return image
 
 
 class PackagedTextEncoder(_Packaged):
