@@ -20,6 +20,7 @@ from snapgen.data.digits import NAMES, digit_caption, enlarged, load_digits, red
 from snapgen.evaluate import draw
 from snapgen.metrics.pictures import as_tensor
 
+QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9)
 NEAR = 0.01  # a sample nearer to a training picture than this share of the test split's is counted as near
 
 
@@ -54,14 +55,15 @@ def judge(pictures: Tensor, asked: Sequence[int]) -> dict[str, Any]:
     Returns:
         recognised: share of them that the classifier reads as what was asked for; per_digit the same for each digit.
         classifier_accuracy: its share right on the test split, `classifier_tests` pictures.
-        distance: quantiles (0.01, 0.1, 0.5, 0.9) of the distance to the nearest training picture, of the samples and
-            of the test split's pictures. Samples of a model that copies lie far below.
+        distance: quantiles (QUANTILES; the first is the least) of the distance to the nearest training picture, of the
+            samples and of the test split's pictures. Samples of a model that copies lie far below.
         near: share of the samples nearer to a training picture than all but 0.01 of the test split are. Guidance draws
             what is typical, and that has near neighbours, so this may be above 0.01 without a copy.
         nearer_to_training: share of the samples whose nearest picture, among the test split and as many of the training
-            split, is of the training split: 0.5 for a model that does not copy, 2/3 for one that does nothing else
-            (a third of the training split is among them). After Meehan et al. 2020, "A non-parametric test to detect
-            data-copying". Its standard error is 0.5 / sqrt(N) or more.
+            split, is of the training split (after Meehan et al. 2020, "A non-parametric test to detect data-copying").
+            0.5 where samples are no nearer to what was trained on than to other digits; 2/3 where each lies around a
+            training picture, however wide (a third of the training split is among them). It sees a leaning long before
+            there is a copy. Its standard error is 0.5 / sqrt(N) or more.
     """
     from sklearn.svm import SVC
 
@@ -78,7 +80,7 @@ def judge(pictures: Tensor, asked: Sequence[int]) -> dict[str, Any]:
     distances = {"samples": nearest(samples, train), "test": nearest(test, train)}
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: len(test)]
     to_train, to_test = nearest(samples, train[chosen]), nearest(samples, test)
-    quantiles = torch.tensor([0.01, 0.1, 0.5, 0.9])
+    quantiles = torch.tensor(QUANTILES)
     limit = distances["test"].quantile(NEAR)
     return {
         "recognised": float(right.mean()),
@@ -105,7 +107,7 @@ def print_digits(scores: dict[str, dict[str, Any]], console: Console) -> None:
         table.add_column(name, justify="left" if not name else "right")
     for name, row in scores.items():
         weakest = min(row["per_digit"], key=row["per_digit"].get)
-        own, real = row["distance"]["samples"][2], row["distance"]["test"][2]
+        own, real = (row["distance"][name][QUANTILES.index(0.5)] for name in ("samples", "test"))
         table.add_row(
             name,
             f"{row['recognised']:.1%}",
@@ -117,5 +119,5 @@ def print_digits(scores: dict[str, dict[str, Any]], console: Console) -> None:
     some = next(iter(scores.values()))
     console.print(
         f"The classifier reads {some['classifier_accuracy']:.1%} of {some['classifier_tests']} held-out digits right. "
-        f"Of samples that copy nothing, half are nearer to training than to held-out digits."
+        f"Nearer to training: 50% where nothing leans to it, 67% where each sample lies around a training picture."
     )
