@@ -6,8 +6,8 @@ import pytest
 import torch
 import tyro
 from diffusers import AutoencoderKL
+from small_fusion import tiny_sd
 from small_models import QUIET
-from test_snapfusion import tiny_sd
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from snapgen import io
