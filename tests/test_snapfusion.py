@@ -25,6 +25,7 @@ from snapgen.evaluate import draw
 from snapgen.pipeline import SnapGenPipeline
 from snapgen.sampler import sample
 from snapgen.seeds import Draws
+from snapgen.tasks import CachedText
 from snapgen.text import TextEmbedding
 from snapgen.train import train
 
@@ -286,6 +287,17 @@ def test_gradients_reach_the_student_alone(probability):
     assert all(p.grad is not None and p.grad.norm() > 0 for p in task.modules["denoiser"].parameters())
     frozen = [objective.teacher, task.encoder, task.decoder, task.text.pipe.text_encoder]
     assert all(p.grad is None and not p.requires_grad for net in frozen for p in net.parameters())
+
+
+def test_the_empty_caption_of_every_kind_of_text():
+    joint, frozen = fusion_task(), fusion_task(frozen=True)
+    wanted = joint.unconditional(1, torch.device("cpu"))
+    cached = fusion_task()
+    cached.text = CachedText(TextEmbedding(*(part.detach() for part in wanted)))
+    for task in (joint, frozen, cached):
+        found = task.unconditional(3, torch.device("cpu"))
+        for part, one in zip(found, wanted, strict=True):
+            assert torch.allclose(part.float(), one.float().expand(3, *one.shape[1:]), atol=1e-6)
 
 
 def test_a_loss_is_the_mean_over_its_samples():
