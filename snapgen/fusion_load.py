@@ -93,8 +93,8 @@ def load_decoder(folder: str | Path) -> Any:
 
 
 def load_encoder(folder: str | Path) -> Any:
-    """An encoder from its own folder, from encoder/ of a pipeline or an export, or out of a diffusers AutoencoderKL: its
-    folder, or vae/ of a diffusers pipeline.
+    """An encoder from its own folder, from encoder/ of a pipeline or an export, or out of a diffusers AutoencoderKL:
+    its folder, or vae/ of a diffusers pipeline.
 
     Raises:
         io.CheckpointError: the folder holds none.
