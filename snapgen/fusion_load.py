@@ -77,14 +77,13 @@ def load_part(folder: str | Path) -> Any:
 
 
 def load_decoder(folder: str | Path) -> Any:
-    """A decoder from its own folder, from decoder/ of a pipeline or an export, or out of a diffusers AutoencoderKL.
+    """A decoder from its own folder, from decoder/ of a pipeline or an export, or out of a diffusers AutoencoderKL: its
+    folder, or vae/ of a diffusers pipeline.
 
     Raises:
         io.CheckpointError: the folder holds none.
     """
-    folder = Path(folder)
-    if (folder / "decoder").is_dir():
-        folder = folder / "decoder"
+    folder = _inside(Path(folder), "decoder")
     if io.read_json(folder / "config.json").get("_class_name") == "AutoencoderKL":
         return KLDecoder.from_vae(_vae(folder))
     found = load_part(folder)
@@ -94,20 +93,23 @@ def load_decoder(folder: str | Path) -> Any:
 
 
 def load_encoder(folder: str | Path) -> Any:
-    """An encoder from its own folder, from encoder/ of a pipeline or an export, or out of a diffusers AutoencoderKL.
+    """An encoder from its own folder, from encoder/ of a pipeline or an export, or out of a diffusers AutoencoderKL:
+    its folder, or vae/ of a diffusers pipeline.
 
     Raises:
         io.CheckpointError: the folder holds none.
     """
-    folder = Path(folder)
-    if (folder / "encoder").is_dir():
-        folder = folder / "encoder"
+    folder = _inside(Path(folder), "encoder")
     if io.read_json(folder / "config.json").get("_class_name") == "AutoencoderKL":
         return KLEncoder.from_vae(_vae(folder))
     found = load_part(folder)
     if not isinstance(found, TinyEncoder | KLEncoder):
         raise io.CheckpointError(f"{folder}: holds a {type(found).__name__}, which is no encoder")
     return found
+
+
+def _inside(folder: Path, name: str) -> Path:
+    return next((folder / part for part in (name, "vae") if (folder / part).is_dir()), folder)
 
 
 def _vae(folder: Path) -> Any:

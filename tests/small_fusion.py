@@ -1,8 +1,10 @@
 """A denoiser of SnapFusion's kind small enough to train in a test, and its tasks."""
 
 import torch
+from diffusers import UNet2DConditionModel
 from small_models import SMALL
 from torch import nn
+from weights import random_weights
 
 from snapgen.conditioning import JointText, PipelineText
 from snapgen.config import Preset
@@ -62,3 +64,19 @@ def fusion_task(objective=None, *, frozen: bool = False, net: nn.Module | None =
         steps=2,
         **others,
     )
+
+
+def tiny_sd(**changes) -> UNet2DConditionModel:
+    """A UNet as Stable Diffusion 1's, tiny, with random weights."""
+    torch.manual_seed(2)
+    arguments = dict(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    return random_weights(UNet2DConditionModel(**{**arguments, **changes}))

@@ -321,10 +321,11 @@ def tiny_decoder(**changes) -> TinyDecoder:
     return random_weights(TinyDecoder(**{**arguments, **changes}))
 
 
-def vae() -> AutoencoderKL:
+def vae(**changes) -> AutoencoderKL:
     torch.manual_seed(4)
     return random_weights(
         AutoencoderKL(
+            **changes,
             block_out_channels=(16, 32, 32),
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
@@ -432,13 +433,19 @@ def test_wrong_pruning_is_named():
         most_important(torch.zeros(8), 6, 3)
 
 
-def test_sds_decoder_alone_is_the_autoencoders(tmp_path):
-    whole = vae()
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06)],
+    ids=["SD 1", "SD 3"],
+)
+def test_the_halves_of_an_autoencoder_compute_the_same(tmp_path, changes):
+    whole = vae(**changes)
     decoder = KLDecoder.from_vae(whole).eval()
-    latents, pictures = torch.randn(1, 4, 4, 4), torch.randn(1, 3, 16, 16)
+    latents, pictures = torch.randn(1, whole.config.latent_channels, 4, 4), torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(decoder(latents), whole.decode(latents).sample)
-        assert torch.equal(decoder.decode(latents * 0.18215), decoder(latents * 0.18215 / 0.18215))
+        shift = changes.get("shift_factor", 0.0)
+        assert torch.equal(decoder.decode(latents), decoder(latents / 0.18215 + shift))
         encoder = KLEncoder.from_vae(whole).eval()
         assert torch.equal(encoder(pictures), whole.encode(pictures).latent_dist.mode())
     decoder.save_pretrained(tmp_path)

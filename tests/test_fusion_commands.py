@@ -6,11 +6,12 @@ import pytest
 import torch
 import tyro
 from diffusers import AutoencoderKL
+from small_fusion import tiny_sd
 from small_models import QUIET
-from test_snapfusion import tiny_sd
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from snapgen import io
+from snapgen.config import SHIPPED
 from snapgen.decoder import TinyDecoder
 from snapgen.distill import fusion_command, fusion_runs
 from snapgen.distill.fusion_command import (
@@ -170,7 +171,10 @@ def test_stable_diffusion_is_imported_trained_and_its_decoder_pruned(stable_diff
         "--cfg-probability", "1", "--data", data, *QUICK)  # fmt: skip
     run(prune_decoder, stable_diffusion / "vae", "-o", tmp_path / "half")
     assert tuple(load_decoder(tmp_path / "half").config["channels"]) == (8, 16)
-    assert isinstance(load_encoder(stable_diffusion / "vae"), KLEncoder)
+    assert isinstance(load_encoder(stable_diffusion), KLEncoder)
+    assert isinstance(load_decoder(stable_diffusion), KLDecoder)
+    with pytest.raises(io.CheckpointError, match="holds a TinyDecoder, which is no encoder"):
+        load_encoder(SHIPPED / "tiny" / "decoder")
     shutil.rmtree(stable_diffusion / "vae")
     with pytest.raises(io.CheckpointError, match="has no folder vae"):
         run(import_sd, stable_diffusion, "-o", tmp_path / "again")
