@@ -67,7 +67,7 @@ def distill_fusion(
 
     Args:
         out: The run's folder.
-        teacher: A pipeline's folder (export/ of train-fusion or of an earlier distillation).
+        teacher: A pipeline's folder (export/ of `snapgen fusion train` or of an earlier distillation).
         init: The student before distillation, a pipeline's folder; the teacher itself by default.
         student_steps: N, the steps that the student will take.
         cfg_probability: Share of steps that take the guided (CFG-aware) loss.
@@ -111,7 +111,7 @@ def evolve(
     Quality is the score of the shapes world. Run the same command again to resume.
 
     Args:
-        checkpoint: A pipeline's folder (export/ of train-fusion).
+        checkpoint: A pipeline's folder (export/ of `snapgen fusion train`).
         out: The evolution's folder: rounds, latency.json, report.json, and at the end export/.
         plan: How to evolve.
         table: Latencies by kind of block, as JSON; measured on this machine where not given.
