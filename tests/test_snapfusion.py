@@ -19,13 +19,13 @@ from torch import nn
 from weights import random_weights
 
 from snapgen import vp
+from snapgen.conditioning import CachedText
 from snapgen.data.loader import Batch
 from snapgen.distill.snapfusion import BlockSkipping, StepDistillation, VPrediction, guided_velocity, scaled_to
 from snapgen.evaluate import draw
 from snapgen.pipeline import SnapGenPipeline
 from snapgen.sampler import sample
 from snapgen.seeds import Draws
-from snapgen.tasks import CachedText
 from snapgen.text import TextEmbedding
 from snapgen.train import train
 

@@ -262,7 +262,8 @@ def _fresh(spec: Preset, data: str, autoencoder: str, objective: Any, config: Tr
     """A task with fresh weights, text encoder included, and its dataset."""
     if spec.encoder is None:
         raise ValueError(
-            f"preset: {spec.name} is trained on Stable Diffusion's latents and text; give init, a folder of `snapgen fusion import`"
+            f"preset: {spec.name} is trained on Stable Diffusion's latents and text; give init, a folder of "
+            f"`snapgen fusion import`"
         )
     encoder, decoder = load_autoencoder(spec, autoencoder)
     dataset = open_dataset(data, spec.resolution, seed=config.seed)
