@@ -34,6 +34,7 @@ def denoiser_task() -> DenoiserTask:
         encoder=encoder,
         decoder=decoder,
         prompts=("a red circle", "two stars"),
+        steps=2,
     )
 
 

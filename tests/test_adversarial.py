@@ -38,6 +38,8 @@ from snapgen.settings import Source
 from snapgen.tasks import DenoiserTask
 from snapgen.train import TrainConfig, optimizer_step, share_of, train
 
+pytestmark = pytest.mark.method
+
 
 def few(**changes) -> DenoiserTask:
     """A task of step distillation with heads after all three blocks."""
@@ -343,6 +345,7 @@ def test_wrong_students_and_settings_are_named(tmp_path):
 # ---- many processes --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_two_processes_distil_as_one(tmp_path):
     from distill_run import OBJECTIVES, steps

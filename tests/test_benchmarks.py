@@ -16,6 +16,8 @@ from snapgen.metrics import dpg, geneval
 from snapgen.metrics.benchmarks import DrawConfig
 from snapgen.metrics.geneval import Detection, relations, strongest, verdict
 
+pytestmark = pytest.mark.method
+
 # --- drawing for benchmarks ---
 
 

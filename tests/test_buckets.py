@@ -18,6 +18,8 @@ from snapgen.data.buckets import NONE, BucketOrder, Buckets, Size, covering, fit
 from snapgen.data.folder import ImageFolder, image_size
 from snapgen.data.loader import Share, batches, open_dataset
 
+pytestmark = pytest.mark.method
+
 RED = (255, 0, 0)
 
 

@@ -27,6 +27,8 @@ from snapgen.data.folder import ImageFolder
 from snapgen.data.loader import Share, batches, open_dataset
 from snapgen.text import TextEmbedding
 
+pytestmark = pytest.mark.method
+
 BROKEN = "image is broken or not JPEG, PNG or WebP"
 
 
@@ -189,6 +191,7 @@ def test_fingerprints_tell_weights_apart() -> None:
 # --- resuming ---
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_killed_at_any_time_and_run_again_it_gives_the_same_bytes(pictures: Path, cache: Path, tmp_path: Path) -> None:
     choose = random.Random(0)

@@ -31,6 +31,8 @@ from snapgen.seeds import Draws
 from snapgen.tasks import build_autoencoder
 from snapgen.train import train
 
+pytestmark = pytest.mark.method
+
 
 def task(**changes) -> DecoderTask:
     torch.manual_seed(0)

@@ -28,8 +28,11 @@ from snapgen.data.loader import Share, batches, open_dataset
 from snapgen.metrics.command import main_digits
 from snapgen.metrics.digits import judge, nearest, print_digits
 from snapgen.runs import prompts, train_autoencoder, train_denoiser, vocabulary
+from snapgen.settings import Source
 from snapgen.tasks import build_autoencoder, build_denoiser
 from snapgen.train import TrainConfig
+
+pytestmark = pytest.mark.method
 
 # --- the digits ---
 
@@ -160,7 +163,8 @@ def test_the_whole_way_from_digits_to_scores(tmp_path: Path, monkeypatch: pytest
     """Autoencoder, denoiser, samples, scores: a few steps of each, so that all of it is run."""
     config = TrainConfig(steps=6, batch_size=16, warmup=1, save_every=100, sample_every=100, ema=0.9)
     encoder = train_autoencoder("digits", "digits", config, tmp_path / "autoencoder", QUIET)
-    folder = train_denoiser("digits", "digits", str(encoder), config, tmp_path / "run", QUIET)
+    source = Source(preset="digits", data="digits", autoencoder=str(encoder))
+    folder = train_denoiser(source, config, tmp_path / "run", QUIET)
     found = main_digits(str(folder), steps=(2,), per_digit=2, untrained=True, out=tmp_path / "s.json", console=QUIET)
     assert set(found) == {"2 steps", "untrained, 2 steps"} and (tmp_path / "s.json").is_file()
     assert found["2 steps"]["samples"] == 20 and 0 <= found["2 steps"]["recognised"] <= 1

@@ -24,6 +24,8 @@ from snapgen.tasks import DenoiserTask
 from snapgen.text import TextEmbedding
 from snapgen.train import train
 
+pytestmark = pytest.mark.method
+
 LAST = LayerPair("transformer.transformer_blocks.2", "up.0.layers.1.transformer")
 FIRST = LayerPair("transformer.transformer_blocks.0", "mid", "mlp")
 

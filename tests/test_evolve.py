@@ -9,6 +9,8 @@ from snapgen import io
 from snapgen.distill.evolve import Action, EvolveConfig, choose, evolve
 from snapgen.distill.latency import REST, LatencyTable, key, measure
 
+pytestmark = pytest.mark.method
+
 MID = "middle.blocks.0"
 ATTENTION = "middle.blocks.1"
 UP = "up_stages.1.layers.1.blocks.0"  # R 32+32>32, reads a skip

@@ -28,6 +28,8 @@ from snapgen.kl_decoder import KLDecoder, KLEncoder
 from snapgen.pipeline import SnapGenPipeline
 from snapgen.text import build_tiny_text
 
+pytestmark = pytest.mark.method
+
 QUICK = ["--steps", "2", "--batch-size", "2", "--warmup", "1", "--save-every", "1", "--sample-every", "99"]
 
 

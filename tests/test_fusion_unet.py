@@ -10,6 +10,8 @@ from snapgen import io
 from snapgen.fusion_presets import FUSION_PRESETS, build_fusion, fusion_counts, get_fusion_preset
 from snapgen.fusion_weights import edited, from_stable_diffusion, inherit, renamed, stable_diffusion_arguments
 
+pytestmark = pytest.mark.method
+
 
 def meta(name):
     with torch.device("meta"):

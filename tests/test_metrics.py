@@ -27,6 +27,8 @@ from snapgen.metrics.frechet import Statistics, fid, frechet_distance, statistic
 from snapgen.metrics.inception import Inception
 from snapgen.metrics.pictures import as_tensor, psnr, ssim
 
+pytestmark = pytest.mark.method
+
 # --- PSNR and SSIM ---
 
 

@@ -14,6 +14,8 @@ from snapgen import cli
 from snapgen.data.loader import Share
 from snapgen.plan import make_plan
 
+pytestmark = pytest.mark.method
+
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 

@@ -24,6 +24,8 @@ from snapgen.pipeline import SnapGenPipeline
 from snapgen.settings import Source, TrainConfig
 from snapgen.train import train
 
+pytestmark = pytest.mark.method
+
 # Public latents: a diffusers autoencoder of 4 channels at an eighth, scaled; CLIP and Gemma side by side.
 PUBLIC = Preset(
     name="public",

@@ -29,6 +29,8 @@ from snapgen.seeds import Draws
 from snapgen.text import TextEmbedding
 from snapgen.train import train
 
+pytestmark = pytest.mark.method
+
 # ---- the diffusion ---------------------------------------------------------------------------------------------------
 
 
@@ -450,6 +452,7 @@ def losses_of_a_run(out: Path) -> dict[int, float]:
     return losses
 
 
+@pytest.mark.complete
 def test_two_processes_have_the_losses_of_one(tmp_path):
     script = f"""
 import json, os, sys

@@ -22,6 +22,8 @@ from snapgen.data import stream as module
 from snapgen.data.loader import Batch, Share, batches, open_dataset
 from snapgen.data.stream import WebDatasetStream, count_samples
 
+pytestmark = pytest.mark.method
+
 SIZES = (5, 3, 7, 4, 6, 2)  # samples of each shard
 
 

@@ -25,6 +25,8 @@ from snapgen.pipeline import SnapGenPipeline
 from snapgen.tasks import DenoiserTask, build_denoiser
 from snapgen.train import train
 
+pytestmark = pytest.mark.method
+
 # ---- teachers --------------------------------------------------------------------------------------------------------
 
 

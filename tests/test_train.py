@@ -378,6 +378,7 @@ def _saving_every_step(out: str) -> Path:
     return train(Regression(), data(), plan, Path(out), console=QUIET)
 
 
+@pytest.mark.complete
 def test_twenty_kills_at_random_moments_change_no_bit(tmp_path):
     # Processes are forked from one that has loaded everything, and killed after a while that is drawn.
     context = multiprocessing.get_context("forkserver")
