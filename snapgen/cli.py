@@ -112,7 +112,7 @@ def train(
     from snapgen.runs import train_denoiser
 
     exported = train_denoiser(source, config, out, console)
-    console.print(f'trained; draw with: snapgen generate "a red circle" --checkpoint {exported}')
+    console.print(f"trained; wrote {exported}")
 
 
 def train_autoencoder(

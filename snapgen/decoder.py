@@ -43,6 +43,8 @@ class TinyDecoder(ModelMixin, ConfigMixin):
             (z - shift_factor) * scaling_factor; `decode` undoes that.
     """
 
+    gathered_whole = True  # under FSDP2: blocks are applied without being called
+
     @register_to_config
     def __init__(
         self,
@@ -165,6 +167,8 @@ class TinyEncoder(ModelMixin, ConfigMixin):
     The mirror of `TinyDecoder`: `channels` and `blocks` run from low to high resolution here too. The first convolution
     takes two strides of 2 at once, since most of the cost of an encoder is in its full-resolution layers.
     """
+
+    gathered_whole = True  # under FSDP2: blocks are applied without being called
 
     @register_to_config
     def __init__(

@@ -119,7 +119,8 @@ def shard(modules: Mapping[str, nn.Module], group: Processes) -> None:
     for module in modules.values():
         # FSDP2 takes only contiguous weights; activations may still be channels_last.
         module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        for layer in layers(module):
+        # A module that applies its parts without calling them has to be gathered whole.
+        for layer in () if getattr(module, "gathered_whole", False) else layers(module):
             fully_shard(layer, mesh=mesh)
         fully_shard(module, mesh=mesh)
 

@@ -92,6 +92,7 @@ def denoiser_task(
         shift=flow.resolution_shift(spec.shift, resolution**2, spec.resolution**2),
         steps=steps,
         guidance=guidance,
+        data={"data": source.data, "resolution": resolution, "buckets": source.buckets},
     )
     return task, dataset
 

@@ -132,6 +132,7 @@ class DenoiserTask:
         prompts: for the sample grid.
         shift: of the timesteps; the preset's unless given.
         steps, guidance: how the sample grid is drawn.
+        data: what of the data decides the weights, for the run's record.
     """
 
     name = "denoiser"
@@ -149,8 +150,10 @@ class DenoiserTask:
         shift: float | None = None,
         steps: int = 28,
         guidance: float = 4.0,
+        data: Mapping[str, Any] | None = None,
     ) -> None:
         self.preset = preset
+        self.data = dict(data or {})
         self.steps, self.guidance = steps, guidance
         self.objective: Objective = objective or FlowMatching()
         self.text = text
@@ -183,7 +186,8 @@ class DenoiserTask:
         return self.objective.phases(self)
 
     def record(self) -> dict[str, Any]:
-        return {"shift": self.shift, **self.text.record(), **self.objective.record()}
+        own = {"shift": self.shift, **self.text.record(), **self.objective.record()}
+        return {**own, **self.data}
 
     @torch.no_grad()
     def latents(self, batch: Batch) -> Tensor:

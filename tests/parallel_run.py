@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from small_models import QUIET, denoiser_task
+from small_models import QUIET, autoencoder_task, denoiser_task
 
 from snapgen import train as training
 from snapgen.data.shapes import ShapesDataset
@@ -52,6 +52,7 @@ config = training.TrainConfig(
     parallel=kind,
     recompute=bool(os.environ.get("RECOMPUTE")),
 )
-training.train(denoiser_task(), Data(32, length=1000), config, out, console=QUIET)
+task = autoencoder_task() if os.environ.get("TASK") == "autoencoder" else denoiser_task()
+training.train(task, Data(32, length=1000), config, out, console=QUIET)
 if rank == 0:
     print(json.dumps(losses))

@@ -63,7 +63,7 @@ def train_fusion(
         text = JointText(pipe.tokenizer, pipe.text_encoder) if pipe.config.joint_text else PipelineText(pipe)
         task = _task(pipe, net, text, objective)
     exported = train(task, dataset, config, out, console=console)
-    console.print(f'trained; draw with: snapgen generate "a red circle" --checkpoint {exported}')
+    console.print(f"trained; wrote {exported}")
 
 
 def distill_fusion(
