@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from snapgen import io
 
 # Dense bf16 products of GPUs, FLOP/s, by their makers' data sheets.
 PEAKS = {
@@ -29,11 +32,14 @@ PEAKS = {
 class Journal:
     """Where figures go: the progress line, a TensorBoard folder, and a Weights & Biases project if one is named."""
 
-    def __init__(self, out: Path, config: Mapping[str, Any], show: Any, *, wandb: str | None) -> None:
+    def __init__(
+        self, out: Path, config: Mapping[str, Any], show: Any, *, start: int = 0, wandb: str | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._show = show
-        self._tensorboard = SummaryWriter(str(out / "tensorboard"))
+        # What a run that was killed wrote after its last checkpoint is written again.
+        self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         self._wandb = _wandb(wandb, out, config) if wandb else None
 
     def report(self, step: int, means: Mapping[str, float], further: Mapping[str, float], line: str) -> None:
@@ -68,9 +74,12 @@ def _wandb(project: str, out: Path, config: Mapping[str, Any]) -> Any:
         import wandb
     except ModuleNotFoundError:
         raise ValueError(f"wandb: got {project!r}, but the package wandb is not installed") from None
-    # A resumed run goes on in its own page: the run's folder names it.
-    name = out.resolve().name
-    return wandb.init(project=project, name=name, id=name, resume="allow", config=dict(config), dir=str(out))
+    # A resumed run goes on in its own page.
+    record = out / "wandb.json"
+    if not record.is_file():
+        io.write_json(record, {"id": secrets.token_hex(8)})
+    own, name = io.read_json(record)["id"], out.resolve().name
+    return wandb.init(project=project, name=name, id=own, resume="allow", config=dict(config), dir=str(out))
 
 
 @contextmanager
@@ -85,7 +94,10 @@ def progress(console: Console | None, steps: int, start: int) -> Iterator[Any]:
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console) as bar:
+    if not console.is_terminal:  # a log: a line for every report
+        yield lambda step, text: console.print(f"{step}/{steps}  {text}", soft_wrap=True)
+        return
+    with Progress(*columns, console=console, speed_estimate_period=3600) as bar:
         line = bar.add_task("starting", total=steps, completed=start)
         yield lambda step, text: bar.update(line, completed=step, description=text)
 

@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from snapgen.settings import Kind
 
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # torchrun's: a new store for every attempt
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -51,11 +53,15 @@ class Processes:
 
     def agree(self, flag: bool) -> bool:
         """Whether any process says so; the same answer on all."""
+        return self.agree_on(flag)[0]
+
+    def agree_on(self, *flags: bool) -> tuple[bool, ...]:
+        """For each of some questions, whether any process says so."""
         if not self.many:
-            return flag
-        said = torch.tensor(int(flag))
+            return flags
+        said = torch.tensor([int(flag) for flag in flags])
         dist.all_reduce(said, op=dist.ReduceOp.MAX)
-        return bool(said)
+        return tuple(bool(answer) for answer in said)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the processes."""
@@ -92,8 +98,14 @@ def processes(kind: Kind = "ddp") -> Iterator[Processes]:
         yield Processes(kind, 0, 1, device)
         return
     store, rank, _ = next(iter(dist.rendezvous("env://")))
-    # torchrun may hand the store of a failed attempt to the next one, with the addresses of processes that are gone.
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # torchrun may hand the store of a failed attempt to the next one, with the addresses of processes that are gone. On
+    # one machine its count of attempts tells them apart; each of several machines has a count of its own.
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    elif os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(OWN_STORE) != "1":
+        raise ValueError(
+            f"--max-restarts: on several machines, set {OWN_STORE}=1 before torchrun; else a restart hangs"
+        )
     # Gloo beside NCCL: flags and checkpoints travel between CPUs.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
@@ -166,6 +178,14 @@ def unsynchronised(modules: Iterable[nn.Module], wait: bool) -> Iterator[None]:
             elif isinstance(module, DistributedDataParallel) and wait:
                 stack.enter_context(module.no_sync())
         yield
+
+
+def dealt_out_again(modules: Iterable[nn.Module]) -> None:
+    """Let go of gathered weights, which FSDP2 keeps of a module's root after a forward pass without a backward one:
+    the next pass gathers those that are there now."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

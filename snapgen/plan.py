@@ -47,13 +47,13 @@ def make_plan(source: Source, config: TrainConfig, world: int) -> Plan:
         ValueError: the batch cannot be dealt out, or the preset is unknown.
     """
     from snapgen.data.loader import Share
-    from snapgen.unet import SnapGenUNet
+    from snapgen.mmdit import make_denoiser
 
     spec = get_preset(source.preset)
     micro = config.micro_batch or max(1, config.batch_size // world)
     share = Share(config.batch_size, micro, 0, world)
     with FakeTensorMode(), own_device():
-        denoiser = SnapGenUNet(**spec.denoiser)
+        denoiser = make_denoiser(spec.denoiser)
         kept = kept_bytes(denoiser, spec, source.resolution or spec.resolution, config)
     parameters = sum(p.numel() for p in denoiser.parameters())
     held = parameters // world if config.parallel == "fsdp" else parameters

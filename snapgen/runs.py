@@ -92,7 +92,14 @@ def denoiser_task(
         shift=flow.resolution_shift(spec.shift, resolution**2, spec.resolution**2),
         steps=steps,
         guidance=guidance,
-        data={"data": source.data, "resolution": resolution, "buckets": source.buckets},
+        data={
+            "data": source.data,
+            "resolution": resolution,
+            "buckets": source.buckets,
+            "autoencoder": encoder and embed.fingerprint([encoder]),
+            "init": None if source.init is None else embed.fingerprint([denoiser]),
+        },
+        side=resolution // upscale(spec),
     )
     return task, dataset
 
@@ -196,7 +203,8 @@ def train_autoencoder(preset: str, data: str, config: TrainConfig, out: Path, co
     encoder, decoder = build_autoencoder(spec)
     pictures, _ = _shown(dataset, spec.resolution).batch(range(8))
     pictures = pictures.to(parallel.own_device())
-    task = AutoencoderTask(spec, encoder=place(encoder), decoder=place(decoder), pictures=pictures)
+    own = {"data": data}
+    task = AutoencoderTask(spec, encoder=place(encoder), decoder=place(decoder), pictures=pictures, data=own)
     exported = train(task, dataset, config, out, console=console)
     _report(dataset, console)
     return exported

@@ -67,4 +67,7 @@ class Draws:
         return torch.rand(shape, generator=self._step)
 
     def _stacked(self, drawn: list[Tensor]) -> Tensor:
-        return torch.stack(drawn).to(self.device, non_blocking=True)
+        stacked = torch.stack(drawn)
+        if torch.device(self.device).type == "cuda":
+            stacked = stacked.pin_memory()  # a GPU is not waited for then
+        return stacked.to(self.device, non_blocking=True)

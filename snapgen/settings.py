@@ -81,6 +81,11 @@ class TrainConfig:
             raise ValueError(f"ema: got {self.ema}; must lie in [0, 1)")
         if self.spike < 0 or 0 < self.spike <= 1:
             raise ValueError(f"spike: got {self.spike}; must be 0 or more than 1")
+        for name in ("lr", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}; must be positive")
+        if self.compile and self.recompute_keeps:
+            raise ValueError("recompute_keeps: cannot be had together with compile, which chooses what is kept itself")
         if self.recompute_keeps and not self.recompute:
             raise ValueError("recompute_keeps: has no effect without recompute")
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from snapgen import io
-from snapgen.parallel import Processes, local, replicated, whole
+from snapgen.parallel import Processes, dealt_out_again, local, replicated, whole
 from snapgen.tasks import Phase, Task
 
 # The guard's numbers.
@@ -137,17 +137,20 @@ class TrainState:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The task's modules with averaged weights, in eval mode, without gradients."""
+        modules = self.task.modules.values()
         current = [local(p) for p in self.drawn.values()]
         with torch.no_grad():
             kept = [p.detach().clone() for p in current]
             torch._foreach_copy_(current, [local(p) for p in self.ema.values()])
-            for module in self.task.modules.values():
+            dealt_out_again(modules)
+            for module in modules:
                 module.eval()
             try:
                 yield
             finally:
                 torch._foreach_copy_(current, kept)
-                for module in self.task.modules.values():
+                dealt_out_again(modules)
+                for module in modules:
                     module.train()
 
     def finite(self) -> bool:
@@ -191,7 +194,9 @@ class TrainState:
             folder = tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-")
         temporary = Path(self.group.same(folder))
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        copies = {name: _copied(value) for name, value in self.tensors().items()}
+        # Whole weights are the same on every process: the first one's are enough.
+        ours = self.tensors() if self.group.first or self.group.kind == "fsdp" else {}
+        copies = {name: _copied(value) for name, value in ours.items()}
         self.writing = dcp.async_save(  # type: ignore[assignment]
             copies, storage_writer=writer, process_group=self.group.side, no_dist=not self.group.many
         )
@@ -207,16 +212,18 @@ class TrainState:
 
         self._finish = (finish, temporary, final)
 
-    def settle(self, *, wait: bool = True) -> None:
-        """Put the checkpoint that is being written, if any, into its place, once it is written.
+    @property
+    def pending(self) -> bool:
+        """Whether this process is still writing a checkpoint."""
+        return self.writing is not None and not self.writing.done()
 
-        Args:
-            wait: for that; otherwise look whether it is.
+    def settle(self) -> None:
+        """Put the checkpoint that is being written, if any, into its place, once it is written.
 
         Raises:
             OSError: it could not be written; nothing is left of it.
         """
-        if self.writing is None or not (wait or self.writing.done()):
+        if self.writing is None:
             return
         (finish, temporary, final), writing = self._finish, self.writing
         self.writing = self._finish = None
@@ -239,7 +246,7 @@ class TrainState:
         Raises:
             io.CheckpointError: it is damaged, or holds another model.
         """
-        found = checkpoints(out)
+        found = self.group.same(checkpoints(out))  # a network's file system may show others something older
         if not found:
             return False
         folder = found[-1]

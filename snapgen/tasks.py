@@ -133,6 +133,7 @@ class DenoiserTask:
         shift: of the timesteps; the preset's unless given.
         steps, guidance: how the sample grid is drawn.
         data: what of the data decides the weights, for the run's record.
+        side: of the latents, in cells; the preset's unless given.
     """
 
     name = "denoiser"
@@ -151,9 +152,10 @@ class DenoiserTask:
         steps: int = 28,
         guidance: float = 4.0,
         data: Mapping[str, Any] | None = None,
+        side: int | None = None,
     ) -> None:
         self.preset = preset
-        self.data = dict(data or {})
+        self.data, self.side = dict(data or {}), side
         self.steps, self.guidance = steps, guidance
         self.objective: Objective = objective or FlowMatching()
         self.text = text
@@ -168,10 +170,10 @@ class DenoiserTask:
 
     @cached_property
     def flops(self) -> float:
-        """Operations of the denoiser's forward and backward pass for a sample at the preset's resolution."""
+        """Operations of the denoiser's forward and backward pass for a sample."""
         from snapgen.info import denoiser_counts
 
-        return 3 * 2 * denoiser_counts(self.preset.denoiser)[""].macs
+        return 3 * 2 * denoiser_counts(self.preset.denoiser, self.side)[""].macs
 
     @property
     def student(self) -> tuple[str, ...]:
@@ -181,6 +183,11 @@ class DenoiserTask:
     @property
     def averaged(self) -> tuple[str, ...]:
         return self.student
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile may compile its modules."""
+        return getattr(self.objective, "compiles", True)
 
     def phases(self) -> Sequence[Phase]:
         return self.objective.phases(self)
@@ -264,8 +271,16 @@ class AutoencoderTask:
     name = "autoencoder"
     latent_noise = 0.1
 
-    def __init__(self, preset: Preset, *, encoder: nn.Module, decoder: nn.Module, pictures: Tensor) -> None:
-        self.preset = preset
+    def __init__(
+        self,
+        preset: Preset,
+        *,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        pictures: Tensor,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.preset, self.data = preset, dict(data or {})
         self.modules: dict[str, Any] = {"encoder": encoder, "decoder": decoder}
         self.call: dict[str, Any] = dict(self.modules)
         self.pictures = pictures  # [B, 3, H, W], for the sample grid
@@ -278,7 +293,7 @@ class AutoencoderTask:
         return (Phase(name="autoencoder", modules=tuple(self.modules), loss=self.loss),)
 
     def record(self) -> dict[str, Any]:
-        return {}
+        return self.data
 
     def loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Figures]:
         images = batch.images

@@ -31,8 +31,8 @@ from snapgen.tasks import Task
 
 # These may change between a run and its resumption: they leave the weights as they are, but for the order of sums.
 _FREE = {
-    "micro_batch", "patience", "save_every", "sample_every", "log_every", "keep", "workers", "compile", "recompute",
-    "recompute_keeps", "parallel", "wandb", "export_dtype",
+    "micro_batch", "patience", "spike", "save_every", "sample_every", "log_every", "keep", "workers", "compile",
+    "recompute", "recompute_keeps", "parallel", "wandb", "export_dtype",
 }  # fmt: skip
 
 
@@ -79,6 +79,8 @@ class _Run:
     ) -> None:
         self.task, self.data, self.config, self.out, self.group = task, data, config, out, group
         self.console = console if group.first else None
+        if config.compile and not getattr(task, "compiles", True):
+            raise ValueError("compile: this objective looks into its modules or changes them, which cannot be compiled")
         self.share = share_of(config, group)  # before anything is written
         if group.first:
             _claim(out, task, config)
@@ -102,7 +104,7 @@ class _Run:
         with _interrupts() as interrupted, progress(self.console, config.steps, state.step) as show:
             journal = None
             if self.group.first:
-                journal = Journal(out, dataclasses.asdict(config), show, wandb=config.wandb)
+                journal = Journal(out, dataclasses.asdict(config), show, start=state.step, wandb=config.wandb)
             meter = _Meter(self, journal)
             stream = batches(self.data, self.share, start=state.step, seed=config.seed, workers=config.workers)
             try:
@@ -111,9 +113,10 @@ class _Run:
                 if not self.group.many:  # a process that failed cannot wait for others
                     state.settle()
                 raise
+            finally:
+                if journal is not None:
+                    journal.close()
             state.settle()
-            if journal is not None:
-                journal.close()
         return self._export()
 
     def _steps(self, stream: Iterator[Batch], meter: _Meter, journal: Journal | None, interrupted: Any) -> None:
@@ -123,8 +126,9 @@ class _Run:
             last = state.step == config.steps
             if state.step % config.log_every == 0 or last:
                 meter.report()
-            state.settle(wait=False)
-            stop = self.group.agree(interrupted())
+            stop, pending = self.group.agree_on(interrupted(), state.pending)
+            if not pending:
+                state.settle()
             if state.step % config.save_every == 0 or last or stop:
                 state.save(out)
             if stop:
@@ -147,12 +151,16 @@ class _Run:
         self.group.wait()
 
     def _export(self) -> Path:
-        weights = {
-            f"{name}.{key}": parallel.whole(value).cpu()  # every process has to ask
+        stored: dict[str, Tensor] = {
+            f"{name}.{key}": value
             for name in self.task.averaged
             for key, value in self.task.modules[name].state_dict().items()
         }
-        weights |= {name: parallel.whole(value).cpu() for name, value in self.state.ema.items()}
+        weights: dict[str, Tensor] = {}
+        for name, value in {**stored, **self.state.ema}.items():
+            gathered = parallel.whole(value)  # every process has to ask
+            if self.group.first:
+                weights[name] = gathered.detach().cpu()
         if self.group.first:
             modules = {name: self._exported(name, weights) for name in self.task.averaged}
             with torch.no_grad(), io.whole_directory(self.out / "export") as folder:
@@ -191,7 +199,7 @@ def optimizer_step(
 ) -> dict[str, Tensor]:
     """One optimizer step, phase by phase; returns every figure's mean over this process's samples, on the device."""
     figures: dict[str, Tensor] = {}
-    passes = [next(stream).to(state.device) for _ in range(share.passes)]
+    passes = [next(stream) for _ in range(share.passes)]
     for index, player in enumerate(state.players):
         phase = player.phase
         found = _backward(task, config, state, index, passes, (wrappers or {}).get(phase.name, {}))
@@ -220,6 +228,7 @@ def _backward(
     modules = list(wrappers.values()) or [task.modules[name] for name in phase.modules]
     with parallel.distributed(task.call, phase.modules, wrappers):
         for turn, batch in enumerate(passes):
+            batch = batch.to(state.device)
             draws = Draws(config.seed, state.step, batch.positions, state.device, index)
             with parallel.unsynchronised(modules, wait=turn < len(passes) - 1):
                 with torch.autocast(state.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
@@ -250,7 +259,7 @@ class _Meter:
         """Report the means since the last report.
 
         Raises:
-            FloatingPointError: a loss is not finite and its step was not skipped, or too many were skipped.
+            FloatingPointError: too many steps in a row were skipped.
         """
         run, names = self.run, sorted(self.totals)
         means = run.group.mean(torch.stack([self.totals[name].float().cpu() for name in names]) / self.count)
@@ -277,7 +286,7 @@ class _Meter:
         if running >= run.config.patience:
             raise FloatingPointError(
                 f"step {run.state.step}: the last {running} steps were skipped, for their gradients were not finite or "
-                f"too large; the last good checkpoint is in {run.out}"
+                f"too large; the last good checkpoint is in {run.out} (--spike may be raised on the way)"
             )
 
 

@@ -276,6 +276,7 @@ def test_heads_learn_to_tell_and_the_student_to_deceive():
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.complete
 def test_a_run_stopped_goes_on_bitwise(tmp_path):
     train(few(r1=0.1), data(), config(), tmp_path / "alone", console=QUIET)
 

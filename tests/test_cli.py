@@ -116,7 +116,7 @@ def test_train_from_the_command_line(capsys, tmp_path):
     words = ("train", "--steps", "2", "--batch-size", "2", "--warmup", "1", "--export-dtype", "fp16")
     words = (*words, "--autoencoder", str(tmp_path / "autoencoder" / "export"), "-o", str(tmp_path / "run"))
     code, text = run(capsys, *words)
-    assert code == 0 and "draw with: snapgen generate" in text
+    assert code == 0 and "trained; wrote" in text
     out = tmp_path / "o.png"
     trained = str(tmp_path / "run" / "export")
     code, text = run(capsys, "generate", "a star", "--steps", "1", "--checkpoint", trained, "-o", str(out))

@@ -81,6 +81,7 @@ def test_go_on_from_a_pipeline(trained, tmp_path):
         run(train_fusion, "-o", tmp_path / "none", "--preset", "snapfusion", *QUICK)
 
 
+@pytest.mark.complete
 def test_evolve(trained, tmp_path):
     net = SnapGenPipeline.from_pretrained(trained).denoiser
     from snapgen.distill.latency import measure

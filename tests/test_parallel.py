@@ -13,7 +13,7 @@ from snapgen import io
 from snapgen.pipeline import SnapGenPipeline
 from snapgen.state import stored_shapes
 
-pytestmark = pytest.mark.method
+pytestmark = [pytest.mark.method, pytest.mark.complete]
 
 SCRIPT = Path(__file__).parent / "parallel_run.py"
 # The same sums in another order: each weight moves by its rounding, and the loss by the sum of these.
@@ -65,7 +65,6 @@ def test_two_processes_have_the_losses_of_one(tmp_path, alone, kind):
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-0000006.png"]
 
 
-@pytest.mark.complete
 @pytest.mark.parametrize("first, second", [(("fsdp", 2), ("ddp", 1)), (("ddp", 1), ("fsdp", 2))])
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, first, second):
     before = run(tmp_path, kind=first[0], world=first[1], steps=3)
@@ -76,7 +75,6 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, first, 
     close(before | after, alone[1])
 
 
-@pytest.mark.complete
 def test_small_passes_are_the_large_batch(tmp_path, alone):
     close(run(tmp_path, kind="fsdp", world=2, MICRO="2"), alone[1])
 
@@ -85,7 +83,6 @@ def test_what_is_computed_again_changes_no_bit(tmp_path, alone):
     assert run(tmp_path, RECOMPUTE="1") == alone[1]
 
 
-@pytest.mark.complete
 def test_a_lost_worker_is_replaced_from_the_last_checkpoint(tmp_path, alone):
     # The sixth batch of the second process kills it; torchrun starts both again.
     losses = run(tmp_path, world=2, stop_at=6, restarts=1)
@@ -93,7 +90,6 @@ def test_a_lost_worker_is_replaced_from_the_last_checkpoint(tmp_path, alone):
     close(losses, {step: alone[1][step] for step in losses})
 
 
-@pytest.mark.complete
 def test_checkpoints_are_dealt_out_and_whole(tmp_path):
     run(tmp_path, kind="fsdp", world=2, steps=3)
     (folder,) = (tmp_path / "checkpoints").glob("step-*")
@@ -107,7 +103,11 @@ def test_checkpoints_are_dealt_out_and_whole(tmp_path):
         assert shapes[f"ema/denoiser.{name}"] == tuple(weight.shape)
 
 
-@pytest.mark.complete
+def test_drawing_leaves_no_trace(tmp_path, alone):
+    # Drawing gathers averaged weights, which must not be those of the next step.
+    close(run(tmp_path, kind="fsdp", world=2, SAMPLE_EVERY="1"), alone[1])
+
+
 def test_an_autoencoder_is_dealt_out_too(tmp_path, alone):
     # The spread of the latents, a twentieth of whose loss counts, is that of a pass, not of the whole batch.
     one = run(tmp_path / "one", TASK="autoencoder")

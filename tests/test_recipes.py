@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -90,3 +92,19 @@ def test_the_large_runs_fit_into_a_gpu(recipe, world, tmp_path, parsed):
 def test_every_recipe_is_listed():
     listed = (ROOT / "recipes" / "README.md").read_text()
     assert RECIPES and all(f"`{recipe.name}`" in listed for recipe in RECIPES)
+
+
+def test_scores_of_several_seeds(tmp_path, capsys, monkeypatch):
+    scores = {"runs-0": 0.5, "runs-1": 0.7}
+    for folder, score in scores.items():
+        path = tmp_path / folder / "alone" / "scores.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"28 steps": {"colors": score, "overall": score / 2}}))
+    monkeypatch.setattr("sys.argv", ["table.py", *(str(tmp_path / folder) for folder in scores)])
+    runpy.run_path(str(ROOT / "recipes" / "table.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "alone, 28 steps" in said and "0.60 ± 0.10" in said and "0.30 ± 0.05" in said and "2 seed(s)" in said
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("sys.argv", ["table.py", str(tmp_path / "empty")])
+    with pytest.raises(ValueError, match=r"holds no \*/scores.json"):
+        runpy.run_path(str(ROOT / "recipes" / "table.py"), run_name="__main__")

@@ -66,6 +66,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_bitwise(tmp_path, make):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.complete
 def test_a_killed_run_goes_on_bitwise(tmp_path):
     script = """
 import os, sys
@@ -273,6 +274,8 @@ def test_learning_rate_rises_stays_and_falls():
         dict(spike=0.5),
         dict(micro_batch=0),
         dict(patience=0),
+        dict(grad_clip=0.0),
+        dict(lr=0.0),
     ],
 )
 def test_wrong_settings_are_named(change):

@@ -38,7 +38,11 @@ class Batch:
         """The same on another device."""
 
         def moved(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device, non_blocking=True)
+            if value is None:
+                return None
+            if torch.device(device).type == "cuda" and not value.is_cuda:
+                value = value.pin_memory()  # a GPU is not waited for then
+            return value.to(device, non_blocking=True)
 
         text = self.text and TextEmbedding(*(moved(part) for part in self.text))  # type: ignore[arg-type]
         return replace(self, images=moved(self.images), latents=moved(self.latents), text=text)

@@ -109,6 +109,7 @@ class AdversarialDistillation:
     ) -> None:
         check_latents(teacher, student)
         self.teacher, self.options, self.scaling = teacher, options, scaling
+        self.compiles = options.r1 == 0  # compiled modules are not differentiated twice
         self.layers = tuple(layers) or spread(transformers(teacher.network), 4)
         device = next(student.parameters()).device
         latents = torch.zeros(1, teacher.channels, CELLS, CELLS, device=device)

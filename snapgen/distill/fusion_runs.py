@@ -15,6 +15,7 @@ from torch import nn
 from snapgen import io
 from snapgen.conditioning import JointText, PipelineText
 from snapgen.config import SHIPPED, Preset, get_preset
+from snapgen.data.embed import fingerprint
 from snapgen.data.loader import open_dataset
 from snapgen.data.shapes import ShapesDataset, eval_captions
 from snapgen.distill import evolve as evolution
@@ -61,7 +62,7 @@ def train_fusion(
             console.print(f"{len(net.places) - len(left)} of {len(net.places)} blocks have the weights of {init}")
         dataset = open_dataset(data, _resolution(pipe), seed=config.seed)
         text = JointText(pipe.tokenizer, pipe.text_encoder) if pipe.config.joint_text else PipelineText(pipe)
-        task = _task(pipe, net, text, objective)
+        task = _task(pipe, net, text, objective, data)
     exported = train(task, dataset, config, out, console=console)
     console.print(f"trained; wrote {exported}")
 
@@ -97,7 +98,7 @@ def distill_fusion(
         source=str(teacher),
     )
     dataset = open_dataset(data, _resolution(pipe), seed=config.seed)
-    task = _task(pipe, net, PipelineText(pipe), objective, steps=student_steps)
+    task = _task(pipe, net, PipelineText(pipe), objective, data, steps=student_steps)
     exported = train(task, dataset, config, out, console=console)
     console.print(f"distilled; draw with: snapgen generate ... --steps {student_steps} --checkpoint {exported}")
 
@@ -126,9 +127,8 @@ def evolve(
     times = _latencies(pipe.denoiser, table, out / "latency.json", repeats, console)
 
     def training(net: FusionUNet, folder: Path) -> FusionUNet:
-        task = _task(
-            pipe, place(net), PipelineText(pipe), BlockSkipping(VPrediction(), keep=keep_blocks), steps=draw_steps
-        )
+        objective = BlockSkipping(VPrediction(), keep=keep_blocks)
+        task = _task(pipe, place(net), PipelineText(pipe), objective, data, steps=draw_steps)
         exported = train(task, dataset, config, folder, console=console)
         return place(load(exported).denoiser)  # type: ignore[return-value]
 
@@ -276,14 +276,15 @@ def _fresh(spec: Preset, data: str, autoencoder: str, objective: Any, config: Tr
         decoder=place(decoder),
         objective=objective,
         prompts=_prompts(),
+        data={"data": data, "autoencoder": fingerprint([encoder])},
     )
     return task, dataset
 
 
 def _task(
-    pipe: SnapGenPipeline, net: nn.Module, text: JointText | PipelineText, objective: Any, steps: int = 28
+    pipe: SnapGenPipeline, net: nn.Module, text: JointText | PipelineText, objective: Any, data: str, steps: int = 28
 ) -> FusionTask:
-    """A task in a pipeline's latents."""
+    """A task in a pipeline's latents, on `data`."""
     return FusionTask(
         _named(pipe),
         denoiser=place(net),
@@ -293,6 +294,7 @@ def _task(
         objective=objective,
         prompts=_prompts(),
         steps=steps,
+        data={"data": data, "init": fingerprint([net])},
     )
 
 

@@ -56,6 +56,7 @@ class KnowledgeDistillation:
             raise ValueError("output: is off and there are no layers; nothing is left to distil")
         check_latents(teacher, student)
         self.teacher, self.output, self.pairs, self.scaling = teacher, output, tuple(pairs), scaling
+        self.compiles = not self.pairs  # features are tapped by hooks
         self.modules: dict[str, nn.Module] = {}
         if self.pairs:
             self.modules["projectors"] = projectors(teacher, student, self.pairs)

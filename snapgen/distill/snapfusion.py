@@ -205,6 +205,7 @@ class BlockSkipping:
         if not 0 < keep <= 1:
             raise ValueError(f"keep: got {keep}; must lie in (0, 1]")
         self.objective, self.keep = objective, keep
+        self.compiles = keep == 1  # other blocks in every step
         self.modules: dict[str, nn.Module] = objective.modules
 
     def phases(self, task: Any) -> Sequence[Phase]:
