@@ -26,7 +26,7 @@ demo: $(READY)
 	@$(MALLOC) $(BIN)/snapgen demo --out out
 
 test: $(READY)
-	@echo "test: runs the tests, in two processes; about 8 minutes on 2 cores"
+	@echo "test: runs the tests, in two processes; about 10 minutes on 2 cores"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(PYTEST)
 
 bench: $(READY)
