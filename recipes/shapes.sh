@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole method at tiny size, on two CPU cores, without any download. Two cores of a Xeon with AMX train 320 pictures a
-# second of the student alone, 168 with its teacher, 80 of the teacher itself: about 20 minutes for every student, 80 for
-# the teacher, which may be stopped and started again. For the spread between seeds:
+# second of the student alone, 168 with its teacher, 80 of the teacher itself: about 20 minutes for a student, 80 for the
+# teacher (few-step students are not timed), which may be stopped and started again. For the spread between seeds:
 #   for seed in 0 1 2; do SEED=$seed recipes/shapes.sh; done; python recipes/table.py runs/shapes-*
 set -euo pipefail
 LAUNCH="${LAUNCH:-python}"

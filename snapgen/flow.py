@@ -26,11 +26,6 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sample_t(count: int, *, shift: float = 1.0, generator: torch.Generator) -> Tensor:
-    """:func:`times` [count] from a generator, fp32."""
-    return times(torch.randn(count, generator=generator), shift=shift)
-
-
 def resolution_shift(shift: float, pixels: int, base: int) -> float:
     """The shift for pictures of `pixels` pixels, of one for `base` pixels (SD3, equation 23).
 

@@ -22,7 +22,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from snapgen.unet import UNetOutput
+from snapgen.unet import UNetOutput, check_inputs
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class FusionUNet(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a shape does not fit, or `pooled_projections` is missing or not wanted.
         """
-        self._check(sample, encoder_hidden_states, pooled_projections)
+        check_inputs(self.config, sample, encoder_hidden_states, pooled_projections)
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
         if self.pooled_embedding is not None and pooled_projections is not None:
@@ -232,22 +232,6 @@ class FusionUNet(ModelMixin, ConfigMixin):
                 context, mask = text
                 x = block(x, encoder_hidden_states=context, encoder_attention_mask=mask, return_dict=False)[0]
         return x
-
-    def _check(self, sample: Tensor, context: Tensor, pooled: Tensor | None) -> None:
-        config = self.config
-        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-            raise ValueError(f"sample: got shape {tuple(sample.shape)}; expected [B, {config.in_channels}, H, W]")
-        multiple = 1 << (len(config.channels) - 1)
-        if sample.shape[2] % multiple or sample.shape[3] % multiple:
-            raise ValueError(f"sample: height and width must be multiples of {multiple}, got {tuple(sample.shape[2:])}")
-        if context.ndim != 3 or context.shape[2] != config.context_dim or context.shape[0] != sample.shape[0]:
-            raise ValueError(
-                f"encoder_hidden_states: got shape {tuple(context.shape)}; "
-                f"expected [{sample.shape[0]}, L, {config.context_dim}]"
-            )
-        if (pooled is None) != (config.pooled_dim is None):
-            need = "is needed by" if pooled is None else "was given to"
-            raise ValueError(f"pooled_projections: {need} a denoiser with pooled_dim={config.pooled_dim}")
 
 
 class FusionLayer(nn.Module):

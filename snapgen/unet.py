@@ -164,7 +164,7 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a shape does not fit, or `pooled_projections` is missing or not wanted.
         """
-        self._check(sample, encoder_hidden_states, pooled_projections)
+        check_inputs(self.config, sample, encoder_hidden_states, pooled_projections)
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
         if self.pooled_embedding is not None and pooled_projections is not None:
@@ -202,21 +202,26 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
             return self._gradient_checkpointing_func(layer, *args)
         return layer(*args)
 
-    def _check(self, sample: Tensor, context: Tensor, pooled: Tensor | None) -> None:
-        config = self.config
-        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-            raise ValueError(f"sample: got shape {tuple(sample.shape)}; expected [B, {config.in_channels}, H, W]")
-        multiple = 1 << (len(config.channels) - 1)
-        if sample.shape[2] % multiple or sample.shape[3] % multiple:
-            raise ValueError(f"sample: height and width must be multiples of {multiple}, got {tuple(sample.shape[2:])}")
-        if context.ndim != 3 or context.shape[2] != config.context_dim or context.shape[0] != sample.shape[0]:
-            raise ValueError(
-                f"encoder_hidden_states: got shape {tuple(context.shape)}; "
-                f"expected [{sample.shape[0]}, L, {config.context_dim}]"
-            )
-        if (pooled is None) != (config.pooled_dim is None):
-            need = "is needed by" if pooled is None else "was given to"
-            raise ValueError(f"pooled_projections: {need} a denoiser with pooled_dim={config.pooled_dim}")
+
+def check_inputs(config: Any, sample: Tensor, context: Tensor, pooled: Tensor | None) -> None:
+    """Refuse what a UNet with this configuration does not take (`SnapGenUNet.forward`).
+
+    Raises:
+        ValueError: a shape does not fit, or `pooled` is missing or not wanted.
+    """
+    if sample.ndim != 4 or sample.shape[1] != config.in_channels:
+        raise ValueError(f"sample: got shape {tuple(sample.shape)}; expected [B, {config.in_channels}, H, W]")
+    multiple = 1 << (len(config.channels) - 1)
+    if sample.shape[2] % multiple or sample.shape[3] % multiple:
+        raise ValueError(f"sample: height and width must be multiples of {multiple}, got {tuple(sample.shape[2:])}")
+    if context.ndim != 3 or context.shape[2] != config.context_dim or context.shape[0] != sample.shape[0]:
+        raise ValueError(
+            f"encoder_hidden_states: got shape {tuple(context.shape)}; "
+            f"expected [{sample.shape[0]}, L, {config.context_dim}]"
+        )
+    if (pooled is None) != (config.pooled_dim is None):
+        need = "is needed by" if pooled is None else "was given to"
+        raise ValueError(f"pooled_projections: {need} a denoiser with pooled_dim={config.pooled_dim}")
 
 
 class UNetLayer(nn.Module):

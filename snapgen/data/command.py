@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
@@ -15,6 +14,7 @@ from snapgen.data.cache import CacheConfig, write_cache
 from snapgen.data.cached import CachedDataset
 from snapgen.data.embed import load_encoder, load_text
 from snapgen.data.loader import open_dataset
+from snapgen.parallel import own_device
 
 DEFAULTS = CacheConfig()
 
@@ -66,7 +66,7 @@ def main_cache(
     console = console or Console()
     if data == "shapes":
         raise ValueError("data: got 'shapes', which is endless and drawn faster than it is read; cache another")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     text = None
     if any(folder is not None for folder in (clip_l, clip_g, gemma, t5)):
         text = load_text(

@@ -17,6 +17,7 @@ from tyro.conf import OmitArgPrefixes, Positional, Suppress
 
 from snapgen import io
 from snapgen.metrics.benchmarks import DrawConfig
+from snapgen.parallel import own_device
 
 log = logging.getLogger(__name__)
 DEFAULTS = DrawConfig()
@@ -50,7 +51,7 @@ def main_digits(
     from snapgen.metrics.digits import print_digits, score_digits
     from snapgen.pipeline import load
 
-    pipe, console = load(checkpoint).to(_device()), console or Console()
+    pipe, console = load(checkpoint).to(own_device()), console or Console()
     contenders = {"": pipe, **({"untrained, ": fresh(pipe, seed)} if untrained else {})}
     scores = {
         f"{who}{count} steps": score_digits(
@@ -87,7 +88,7 @@ def main_clip(
 
     console = console or Console()
     texts = read_captions(captions)
-    judge = ClipScore(clip, _device())  # before any drawing, which a mistake here would throw away
+    judge = ClipScore(clip, own_device())  # before any drawing, which a mistake here would throw away
     files = _draw_captions(checkpoint, texts, pictures, config, console)
     found: list[float] = []
     for first in track(range(0, len(files), BATCH), "scoring", console=console):
@@ -131,7 +132,7 @@ def main_fid(
     console = console or Console()
     if not reference.exists():
         raise ValueError(f"reference: {reference} does not exist; name a folder of pictures or their statistics")
-    features = FeatureNetwork(network, _device())
+    features = FeatureNetwork(network, own_device())
     if (checkpoint is None) != (captions is None):
         raise ValueError("checkpoint: drawing needs both a checkpoint and captions")
     skipped: Counter[str] = Counter()
@@ -184,7 +185,7 @@ def main_geneval(
 
     console = console or Console()
     found = geneval.read_prompts(prompts)
-    geneval.draw(load(checkpoint).to(_device()), found, out, config, console)
+    geneval.draw(load(checkpoint).to(own_device()), found, out, config, console)
     tags = Counter(entry["tag"] for entry in found)
     _table(console, f"GenEval: {out}", {tag: f"{count} prompts" for tag, count in tags.items()})
 
@@ -211,7 +212,7 @@ def main_dpg(
 
     console = console or Console()
     found = dpg.read_prompts(prompts)
-    dpg.draw(load(checkpoint).to(_device()), found, out, config, console)
+    dpg.draw(load(checkpoint).to(own_device()), found, out, config, console)
     _table(console, f"DPG-Bench: {out / 'sheets'}", {"prompts": str(len(found))})
 
 
@@ -246,13 +247,13 @@ def main_decoder(
         raise ValueError(f"count: got {count}; must be at least 1")
     console, side = console or Console(), resolution or 64
     decode = _decoder(checkpoint)
-    encoder = load_encoder(autoencoder or checkpoint, device=_device())
+    encoder = load_encoder(autoencoder or checkpoint, device=own_device())
     source = ShapesDataset(side, split="test") if data == "shapes" else open_dataset(data, side)
     count = min(count, len(source))
     found: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
     for first in track(range(0, count, BATCH), "decoding", console=console):
         images, _ = source.batch(range(first, min(first + BATCH, count)))
-        drawn = decode(encoder(images).to(_device())).float().clamp(-1, 1).cpu()
+        drawn = decode(encoder(images).to(own_device())).float().clamp(-1, 1).cpu()
         # As a file would have them: rounded to bytes.
         drawn = drawn.add(1).mul(127.5).round().div(127.5).sub(1)
         found["psnr"].append(psnr(drawn, images))
@@ -272,13 +273,13 @@ def _decoder(checkpoint: str) -> Callable[[Tensor], Tensor]:
 
     folder = SHIPPED / checkpoint if (SHIPPED / checkpoint).is_dir() else Path(checkpoint)
     if not (folder / "decoder" / "config.json").is_file():
-        other = load_encoder(folder, device=_device())
+        other = load_encoder(folder, device=own_device())
         return torch.no_grad()(lambda latents: other.module.decode(latents / other.scale + other.shift).sample)
     path = folder / "decoder" / "diffusion_pytorch_model.safetensors"
     weights = io.load_tensors(path)
     decoder = TinyDecoder.from_config(io.read_json(folder / "decoder" / "config.json"))
     io.load_strictly(decoder, weights, path, "the decoder that its config.json describes")
-    return decoder.eval().to(_device()).decode
+    return decoder.eval().to(own_device()).decode
 
 
 def read_captions(path: Path) -> list[str]:
@@ -350,12 +351,8 @@ def _draw_captions(
         for number, caption in enumerate(captions)
         for sample in range(count)
     ]
-    draw_files(load(checkpoint).to(_device()), files, config, console)
+    draw_files(load(checkpoint).to(own_device()), files, config, console)
     return [(path, caption) for _, caption, path in files]
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _table(console: Console, title: str, rows: dict[str, str]) -> None:
