@@ -145,7 +145,6 @@ def info(*, preset: str | None = None, ladder: bool = False, device: bool = Fals
         device: Versions, usable kernels, and why one is not.
     """
     from snapgen import info as pages
-    from snapgen.config import PRESETS
 
     if preset is not None:
         pages.print_preset(preset, console)
@@ -154,8 +153,7 @@ def info(*, preset: str | None = None, ladder: bool = False, device: bool = Fals
     if device:
         pages.print_device(console)
     if preset is None and not ladder and not device:
-        for known in PRESETS.values():
-            console.print(f"[bold]{known.name:14}[/]{known.about}")
+        pages.print_presets(console)
         console.print("more: snapgen info --preset NAME, --ladder, --device")
 
 

@@ -107,11 +107,24 @@ def ladder() -> list[dict[str, Any]]:
     return rows
 
 
+def print_presets(console: Console) -> None:
+    """Every preset's name and what it is."""
+    from snapgen.fusion_presets import FUSION_PRESETS
+
+    for heading, presets in (("SnapGen", PRESETS), ("SnapFusion (snapgen fusion)", FUSION_PRESETS)):
+        table = Table(title=heading, show_header=False, title_justify="left", box=None)
+        for preset in presets.values():
+            table.add_row(f"[bold]{preset.name}[/]", preset.about)
+        console.print(table)
+
+
 def print_preset(name: str, console: Console) -> None:
     """Parameters and MACs of each stage of a preset's denoiser and decoder."""
-    preset = get_preset(name)
+    from snapgen.fusion_presets import FUSION_PRESETS, fusion_counts
+
+    preset = FUSION_PRESETS[name] if name in FUSION_PRESETS else get_preset(name)
     console.print(f"[bold]{preset.name}[/]: {preset.about}")
-    denoiser = denoiser_counts(preset.denoiser)
+    denoiser = (fusion_counts if name in FUSION_PRESETS else denoiser_counts)(preset.denoiser)
     side = preset.denoiser["sample_size"]
     console.print(_table(f"denoiser, latent {side}x{side}x{preset.denoiser['in_channels']}", denoiser, "down up mid"))
     decoder = decoder_counts(preset)

@@ -162,6 +162,26 @@ def distributed(call: dict[str, Any], names: Iterable[str], wrappers: Mapping[st
         call.update(plain)
 
 
+@contextmanager
+def resting(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, the modules' weights ask for no gradients, so that none are computed. Those that FSDP deals out do as
+    before: it fixes that for each when it first gathers them."""
+    asleep = [
+        parameter
+        for module in modules
+        if not isinstance(module, FSDPModule)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    ]
+    for parameter in asleep:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asleep:
+            parameter.requires_grad_()
+
+
 def wrapped(module: nn.Module, group: Processes, *, unused: bool) -> nn.Module:
     """The module under DDP."""
     ids = [group.device.index] if group.device.type == "cuda" else None

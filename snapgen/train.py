@@ -205,7 +205,7 @@ def optimizer_step(
         found = _backward(task, config, state, index, passes, (wrappers or {}).get(phase.name, {}))
         found["grad_norm"] = player.move(learning_rate(config, state.step), config.grad_clip)
         for module in task.modules.values():
-            module.zero_grad(set_to_none=True)  # what reached others than this phase's
+            module.zero_grad(set_to_none=True)  # what reached others than this phase's, under FSDP
         if len(state.players) > 1:
             found = {f"{phase.name}/{name}": value for name, value in found.items()}
         figures |= found
@@ -226,7 +226,8 @@ def _backward(
     phase = state.players[index].phase
     figures: dict[str, Tensor] = {}
     modules = list(wrappers.values()) or [task.modules[name] for name in phase.modules]
-    with parallel.distributed(task.call, phase.modules, wrappers):
+    others = [module for name, module in task.modules.items() if name not in phase.modules]
+    with parallel.distributed(task.call, phase.modules, wrappers), parallel.resting(others):
         for turn, batch in enumerate(passes):
             batch = batch.to(state.device)
             draws = Draws(config.seed, state.step, batch.positions, state.device, index)

@@ -1,5 +1,6 @@
 """Step distillation: each formula by hand, who gets gradients and who moves, R1 against finite differences, runs."""
 
+import dataclasses
 import math
 import os
 import shlex
@@ -35,6 +36,7 @@ from snapgen.parallel import Processes
 from snapgen.pipeline import SnapGenPipeline
 from snapgen.seeds import Draws
 from snapgen.settings import Source
+from snapgen.state import TrainState
 from snapgen.tasks import DenoiserTask
 from snapgen.train import TrainConfig, optimizer_step, share_of, train
 
@@ -51,6 +53,28 @@ def few(**changes) -> DenoiserTask:
         return AdversarialDistillation(teacher, student, options=StepOptions(head_width=8, **changes), scaling=scaling)
 
     return taught_task(make)
+
+
+def test_a_phase_asks_for_no_gradients_of_what_it_does_not_move():
+    task = few()
+    asked = {}
+
+    def listening(phase):
+        def loss(*args):
+            named = {name: [p.requires_grad for p in module.parameters()] for name, module in task.modules.items()}
+            asked[phase.name] = {name for name, flags in named.items() if all(flags)}
+            assert asked[phase.name] == {name for name, flags in named.items() if any(flags)}
+            return phase.loss(*args)
+
+        return dataclasses.replace(phase, loss=loss)
+
+    phases = [listening(phase) for phase in task.phases()]
+    task.phases = lambda: phases
+    settings = config(steps=1)
+    state = TrainState(task, settings)
+    optimizer_step(task, settings, state, iter([batch()]), share_of(settings, state.group))
+    assert asked == {phase.name: set(phase.modules) for phase in phases}
+    assert all(p.requires_grad for module in task.modules.values() for p in module.parameters())
 
 
 # ---- formulas --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import logging
 import pickle
 import random
 import tarfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from snapgen.data.folder import BROKEN, ImageFolder, WebDatasetShards, load_image
+from snapgen.data.loader import Share, batches
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -224,6 +226,15 @@ def test_what_is_skipped_is_counted_logged_and_reported(tmp_path: Path, caplog: 
     assert report.splitlines()[0] == f"{tmp_path}: 2 pairs in use, 7 skipped"
     assert "       2  image is broken or not JPEG, PNG or WebP: b.png, c.jpg" in report.splitlines()
     assert report in caplog.text
+
+
+def test_what_workers_skip_is_counted_here(tmp_path: Path) -> None:
+    data = ImageFolder(broken_folder(tmp_path), 8)
+    found = batches(data, Share(2, 2), start=0, seed=0, workers=2)
+    passes = list(islice(found, 8))  # two epochs, each broken pair met by both workers
+    found.close()
+    assert sum(len(batch.news) for batch in passes) > len(data.skipped)
+    assert dict(data.skipped) == EXPECTED
 
 
 def test_a_broken_pair_has_one_stand_in_whatever_was_read_before(tmp_path: Path) -> None:

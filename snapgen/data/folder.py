@@ -138,6 +138,7 @@ class CaptionedImages(ABC):
         self.skipped: Counter[str] = Counter()  # reason -> pairs
         self._examples: dict[str, list[str]] = {}
         self._unusable: set[int] = set()
+        self._news: list[tuple[int, str]] = []
 
     @abstractmethod
     def __len__(self) -> int:
@@ -184,7 +185,19 @@ class CaptionedImages(ABC):
 
     def _cannot(self, index: int, reason: str) -> None:
         self._unusable.add(index)
+        self._news.append((index, reason))
         self._skip(reason, self._name(index))
+
+    def news(self) -> list[tuple[int, str]]:
+        """Pairs found to be unusable since the last call, with the reasons."""
+        found, self._news = self._news, []
+        return found
+
+    def note(self, found: Sequence[tuple[int, str]]) -> None:
+        """Take over what a copy of this dataset in another process found: its `news`."""
+        for index, reason in found:
+            if index not in self._unusable:
+                self._cannot(index, reason)
 
     def _bucket(self, index: int, bucketing: Buckets) -> int:
         try:

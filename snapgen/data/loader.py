@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from snapgen import seeds
 from snapgen.data.buckets import BucketOrder, Buckets
@@ -30,6 +30,8 @@ class Batch:
     """Embedded captions, where they were computed beforehand."""
     positions: Sequence[int] = ()
     """The samples' places in the run, which decide over their noise (`seeds.Draws`)."""
+    news: Sequence[tuple[int, str]] = ()
+    """What a worker could not use since its last batch: index in the dataset and reason."""
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -131,14 +133,19 @@ class _Batched(Dataset[Batch]):
         self.data = data
 
     def __getitem__(self, place: tuple[range, Sequence[int]]) -> Batch:
-        positions, indices = place
-        if hasattr(self.data, "batch"):
-            found = self.data.batch(indices)
-            if isinstance(found, Batch):
-                return replace(found, positions=positions)
-            images, captions = found
-            return Batch(images=images, captions=captions, positions=positions)
-        return _collated([self.data[index] for index in indices], positions)
+        batch = self._read(*place)
+        if get_worker_info() is not None and hasattr(self.data, "news"):
+            return replace(batch, news=self.data.news())
+        return batch
+
+    def _read(self, positions: Sequence[int], indices: Sequence[int]) -> Batch:
+        if not hasattr(self.data, "batch"):
+            return _collated([self.data[index] for index in indices], positions)
+        found = self.data.batch(indices)
+        if isinstance(found, Batch):
+            return replace(found, positions=positions)
+        images, captions = found
+        return Batch(images=images, captions=captions, positions=positions)
 
 
 def _collated(items: Sequence[Any], positions: Sequence[int]) -> Batch:
@@ -206,7 +213,8 @@ def batches(data: Any, share: Share, *, start: int, seed: int, workers: int = 0)
     Args:
         data: map-style with `__len__`, and `__getitem__` giving {"image", "caption"} or `batch(indices)` giving a
             `Batch` or pictures and captions; a procedural one says `procedural = True` and is read in order, being
-            random already; one with `buckets`, the bucket of every sample, has each step's batch from one of them.
+            random already; one with `buckets`, the bucket of every sample, has each step's batch from one of them; one
+            with `news()` and `note(news)` is told here what its copies in workers could not use.
             Or with `stream(share, start=, seed=, workers=)`, which gives the batches themselves. Or iterable, giving
             such items; then what comes before `start` is read and passed over.
         share: this process's part of every step.
@@ -216,7 +224,10 @@ def batches(data: Any, share: Share, *, start: int, seed: int, workers: int = 0)
     elif hasattr(data, "batch") or hasattr(data, "__getitem__"):
         shuffle = not getattr(data, "procedural", False)
         places = _Places(len(data), share, start, seed, shuffle, getattr(data, "buckets", None))
-        yield from DataLoader(_Batched(data), batch_size=None, sampler=places, num_workers=workers)
+        for batch in DataLoader(_Batched(data), batch_size=None, sampler=places, num_workers=workers):
+            if batch.news:
+                data.note(batch.news)
+            yield batch
     else:
         yield from _from_stream(data, share, start)
 

@@ -30,14 +30,22 @@ class DecoderTask:
         encoder: pictures [B, 3, H, W] in [-1, 1] to unscaled latents.
         decoder: trained; `upscale` pixels a latent cell.
         pictures: held out, [N, 3, H, W]: for the sample grid and the final report.
+        data: what of the data decides the weights, for the run's record.
     """
 
     name = "decoder"
 
     def __init__(
-        self, preset: Preset, *, encoder: nn.Module, decoder: Any, pictures: Tensor, config: DecoderConfig | None = None
+        self,
+        preset: Preset,
+        *,
+        encoder: nn.Module,
+        decoder: Any,
+        pictures: Tensor,
+        config: DecoderConfig | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> None:
-        self.preset, self.pictures = preset, pictures
+        self.preset, self.pictures, self.data = preset, pictures, dict(data or {})
         self.config = config or DecoderConfig()
         for _, side in self.config.crops:
             # 11 pixels are SSIM's window.
@@ -71,7 +79,8 @@ class DecoderTask:
 
     def record(self) -> dict[str, Any]:
         config = dataclasses.asdict(self.config)
-        return {**config, "vgg": config["vgg"] and str(config["vgg"]), "decoder": _arguments(self.modules["decoder"])}
+        own = {"vgg": config["vgg"] and str(config["vgg"]), "decoder": _arguments(self.modules["decoder"])}
+        return {**config, **own, **self.data}
 
     def cropped(self, batch: Batch, draws: Draws) -> Tensor:
         """The batch's pictures, or a crop of each at a place of its own, on the grid of the latents."""
@@ -147,6 +156,7 @@ class DecoderDistillation:
             draws with elsewhere.
         prompts: held out: for the sample grid and the final report.
         source: what the teacher was loaded from, for the run's record.
+        data: what of the data decides the weights, for the same.
     """
 
     name = "decoder distillation"
@@ -161,6 +171,7 @@ class DecoderDistillation:
         steps: int = 50,
         guidance: float = 7.5,
         source: str = "",
+        data: Mapping[str, Any] | None = None,
     ) -> None:
         wanted, own = teacher.decoder, decoder
         if wanted.config.latent_channels != own.config.latent_channels or wanted.upscale != own.upscale:
@@ -171,7 +182,7 @@ class DecoderDistillation:
         if not prompts:
             raise ValueError("prompts: there are none to report on")
         self.preset, self.teacher, self.prompts = preset, teacher, tuple(prompts)
-        self.steps, self.guidance, self.source = steps, guidance, source
+        self.steps, self.guidance, self.source, self.data = steps, guidance, source, dict(data or {})
         for part in teacher.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -187,7 +198,7 @@ class DecoderDistillation:
 
     def record(self) -> dict[str, Any]:
         decoder = _arguments(self.modules["decoder"])
-        return {"teacher": self.source, "sampling": [self.steps, self.guidance], "decoder": decoder}
+        return {"teacher": self.source, "sampling": [self.steps, self.guidance], "decoder": decoder, **self.data}
 
     def loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, Figures]:
         """Mean squared error between both decoders' pictures, and their likeness."""

@@ -191,6 +191,7 @@ def train_decoder(
         decoder=place(net),
         pictures=_held_out(data, held_out, spec.resolution, pictures).to(own_device()),
         config=loss,
+        data={"data": data, "encoder": fingerprint([frozen])},
     )
     exported = train(task, dataset, config, out, console=console)
     found = io.read_json(exported / "report.json")["held out"]
@@ -230,6 +231,7 @@ def distill_decoder(
         steps=draw_steps,
         guidance=guidance,
         source=str(teacher),
+        data={"data": prompts},
     )
     exported = train(task, Prompts.of(prompts), config, out, console=console)
     found = io.read_json(exported / "report.json")["against the teacher"]

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,15 +25,13 @@ class FusionTask(DenoiserTask):
     """Training of a :class:`FusionUNet`, on the discrete times of `snapgen.vp`. `Noised.t` holds these, int64 [B].
 
     Args:
-        steps: DDIM steps of the sample grid.
-        others: as of `DenoiserTask`.
+        others: as of `DenoiserTask`; `steps` are DDIM's.
     """
 
     name = "snapfusion"
 
-    def __init__(self, preset: Any, *, steps: int = 28, **others: Any) -> None:
+    def __init__(self, preset: Any, **others: Any) -> None:
         super().__init__(preset, **{"objective": VPrediction(), **others})
-        self.steps = steps
         self.schedule = vp.Schedule()
 
     def record(self) -> dict[str, Any]:
@@ -69,15 +66,6 @@ class FusionTask(DenoiserTask):
         pipe = super().pipeline(modules)
         pipe.register_modules(scheduler=vp.make_scheduler())
         return pipe
-
-    def sample_grid(self, path: Path, seed: int) -> None:
-        from snapgen.pictures import save_grid
-
-        pipe = self.pipeline(self.modules)
-        pipe.set_progress_bar_config(disable=True)
-        noise = torch.Generator().manual_seed(seed)
-        pictures = pipe(list(self.prompts), num_inference_steps=self.steps, generator=noise).images
-        save_grid(pictures, path, captions=self.prompts)
 
 
 class VPrediction:
