@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, SD3Transformer2DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from snapgen.unet import SnapGenUNet, UNetOutput
 
@@ -58,6 +61,7 @@ class MMDiT(ModelMixin, ConfigMixin):
             pos_embed_max_size=2 * sample_size // patch_size,
             qk_norm="rms_norm",
         )
+        self.transformer.set_attn_processor(_JointAttention())
         # Every block starts as the identity (adaLN-Zero of DiT, section 3.2); diffusers leaves that to checkpoints.
         for block in self.transformer.transformer_blocks:
             for norm in (block.norm1, block.norm1_context):
@@ -113,6 +117,15 @@ class MMDiT(ModelMixin, ConfigMixin):
             return_dict=False,
         )[0]
         return UNetOutput(sample=velocity) if return_dict else (velocity,)
+
+
+class _JointAttention(JointAttnProcessor2_0):
+    """diffusers' joint attention, on CPUs as plain products: at a few dozen tokens PyTorch's attention that saves
+    memory is several times slower there, its backward above all."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *inputs: Any, **named: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH) if hidden_states.device.type == "cpu" else nullcontext():
+            return super().__call__(attn, hidden_states, *inputs, **named)
 
 
 def make_denoiser(flags: dict[str, Any]) -> nn.Module:

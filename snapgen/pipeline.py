@@ -17,6 +17,7 @@ from torch import Tensor
 
 from snapgen import io
 from snapgen.config import SHIPPED
+from snapgen.graphs import Capture, Graphs, cuda_capture
 from snapgen.pictures import to_pictures
 from snapgen.sampler import sample
 from snapgen.text import TextEmbedding, encode_clip, encode_gemma, encode_tiny, join
@@ -87,6 +88,7 @@ class SnapGenPipeline(DiffusionPipeline):
             encoder=encoder,
         )
         self.register_to_config(joint_text=joint_text, max_tokens=max_tokens)
+        self._graphs: Graphs | None = None
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> SnapGenPipeline:
@@ -163,6 +165,46 @@ class SnapGenPipeline(DiffusionPipeline):
         )
 
     @torch.no_grad()
+    def compile(
+        self,
+        *,
+        batch_size: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        guidance: bool = True,
+        capture: Capture = cuda_capture,
+    ) -> SnapGenPipeline:
+        """Record denoiser and decoder as CUDA graphs, which every later call replays; returns the pipeline itself.
+
+        Prompts, noise, the number of steps and the guidance scale may change from call to call. Another size or number
+        of pictures, or guidance where there was none, is recorded when it first comes; so is everything after the
+        weights were moved. `low_memory` has no effect from then on. Give it its GPU first: `pipe.to("cuda").compile()`.
+
+        Args:
+            batch_size, height, width: of the pictures that are recorded now; by default one of the size that the model
+                was trained at.
+            guidance: whether there will be classifier-free guidance, which doubles the batch.
+            capture: how to record.
+
+        Raises:
+            ValueError: the pipeline does not stand on a CUDA device, or a size is not allowed.
+        """
+        device = self._execution_device
+        if device.type != "cuda" and capture is cuda_capture:
+            raise ValueError(f"compile: the pipeline stands on {device}; CUDA graphs need a CUDA device")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}; must be at least 1")
+        rows, columns = (self._cells(n, px, self.decoder.upscale) for n, px in (("height", height), ("width", width)))
+        tokens = self.tokenizer.model_max_length if self.config.joint_text else 0  # the large ones pad by themselves
+        self._graphs = Graphs(self.denoiser, self.decoder, tokens, capture)
+        text = self.embed([""] * batch_size * (1 + guidance))
+        latents = torch.zeros(batch_size, self.denoiser.config.in_channels, rows, columns, device=device)
+        doubled = torch.cat((latents, latents)) if guidance else latents
+        self._graphs.denoiser(doubled.to(text.context.dtype), torch.zeros((), device=device), *text)
+        self._graphs.decode(latents.to(self.decoder.dtype))
+        return self
+
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -218,9 +260,11 @@ class SnapGenPipeline(DiffusionPipeline):
 
         text = self.encode_prompt(prompts)
         negative = self.encode_prompt([negative_prompt] * len(prompts)) if guidance_scale != 1.0 else None
+        if self._graphs is not None:
+            self._graphs.check()
         with self.progress_bar(total=num_inference_steps) as bar:
             latents = sample(
-                self.denoiser,
+                self.denoiser if self._graphs is None else self._graphs.denoiser,
                 self.scheduler,
                 latents.to(device, torch.float32),
                 text,
@@ -240,6 +284,8 @@ class SnapGenPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
     def _decode(self, latents: Tensor, low_memory: bool | None) -> Tensor:
+        if self._graphs is not None:
+            return self._graphs.decode(latents)
         with self.progress_bar(total=100) as bar:
             return self.decoder.decode(
                 latents, low_memory=low_memory, progress=lambda done, total: bar.update(100 * done // total - bar.n)

@@ -54,7 +54,7 @@ def concatenate(unconditional: TextEmbedding, conditional: TextEmbedding) -> Tex
 
 
 def sample(
-    denoiser: torch.nn.Module,
+    denoiser: Callable[..., Any],
     scheduler: Any,
     latents: Tensor,
     text: TextEmbedding,

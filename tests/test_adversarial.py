@@ -34,10 +34,12 @@ from snapgen.distill.command import TeacherOptions, distill_steps
 from snapgen.distill.scaling import Scaling
 from snapgen.parallel import Processes
 from snapgen.pipeline import SnapGenPipeline
+from snapgen.sampler import make_scheduler, set_steps
 from snapgen.seeds import Draws
 from snapgen.settings import Source
 from snapgen.state import TrainState
 from snapgen.tasks import DenoiserTask
+from snapgen.text import TextEmbedding
 from snapgen.train import TrainConfig, optimizer_step, share_of, train
 
 pytestmark = pytest.mark.method
@@ -86,6 +88,29 @@ def test_times_are_those_of_the_sampler(steps, shift):
     even = [1 - index / steps for index in range(steps)]
     expected = [shift * t / (1 + (shift - 1) * t) for t in even]
     assert few_steps(steps, shift).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_teacher_takes_its_own_steps_to_the_students_next_time(shift):
+    task = few(student_steps=2, teacher_steps=3)
+    task.shift = shift
+    objective, schedule = task.objective, few_steps(2, shift)
+    drawn = objective._drawn(task, schedule, batch(), Draws(0, 0, range(2)))
+    text = objective.teacher.read(drawn.noised.captions)
+    taught = objective._taught(task, drawn, text)
+    scheduler = make_scheduler(shift)
+    times = set_steps(scheduler, 6, "cpu")
+    assert (times[::3] / 1000).tolist() == pytest.approx(schedule.tolist())
+    for sample, step in enumerate(drawn.step.tolist()):
+        x = start = drawn.noised.x_t[sample : sample + 1]
+        own = TextEmbedding(*(part[sample : sample + 1] for part in text))
+        for index in range(3 * step, 3 * step + 3):
+            velocity, _ = objective.teacher.velocity(x, times[index : index + 1] / 1000, own)
+            x = x + (scheduler.sigmas[index + 1] - scheduler.sigmas[index]) * velocity
+        following = 0 if step else schedule[1]
+        torch.testing.assert_close(
+            taught[sample], ((start - x) / (schedule[step] - following))[0], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_the_student_is_called_at_those_times():

@@ -8,8 +8,9 @@ The paper's text leaves open which times, blocks, heads and form of the loss; he
 a head is three convolutions that judge every place of the grid, and the loss is the hinge loss or the non-saturating
 one.
 
-Guidance is folded into the student: L_kd has the teacher's guided velocity as its target, and the student is drawn
-without guidance: `pipe(prompt, num_inference_steps=4, guidance_scale=1)`.
+Guidance is folded into the student: L_kd has the teacher's guided velocity as its target, or the mean of several on the
+way to the student's next time (`teacher_steps`, ours). The student is drawn without guidance:
+`pipe(prompt, num_inference_steps=4, guidance_scale=1)`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ class StepOptions:
 
     student_steps: int = 4
     """Euler steps that the student is to draw in: 1, 2, 4, 8 or any number."""
+    teacher_steps: int = 1
+    """Euler steps of the teacher that L_kd has the student take at once. 1 is the paper's: the teacher's velocity where
+    the student stands. With more, the mean velocity along the teacher's way to the student's next time, as in
+    progressive distillation (Salimans and Ho, 2022)."""
     gan: Literal["hinge", "non-saturating"] = "hinge"
     """The loss of student and heads."""
     gan_weight: float = 1.0
@@ -62,7 +67,7 @@ class StepOptions:
     """Weight gamma of the gradient penalty on real samples; 0 for none."""
 
     def __post_init__(self) -> None:
-        for name in ("student_steps", "head_width"):
+        for name in ("student_steps", "teacher_steps", "head_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; must be at least 1")
         if self.gan not in LOSSES:
@@ -76,6 +81,7 @@ class Drawn(NamedTuple):
     """What the student made of a batch."""
 
     noised: Noised
+    step: Tensor  # [B], int64: which of its steps the student is at
     velocity: Tensor  # [B, C, h, w]
     x0: Tensor  # [B, C, h, w]
 
@@ -125,6 +131,7 @@ class AdversarialDistillation:
         return {
             "objective": "adversarial step distillation",
             "student_steps": options.student_steps,
+            "teacher_steps": options.teacher_steps,
             "gan": options.gan,
             "gan_weight": options.gan_weight,
             "head_width": options.head_width,
@@ -167,7 +174,7 @@ class AdversarialDistillation:
         noised = drawn.noised
         text = self.teacher.read(noised.captions)
         game = generator_loss(task.call["heads"](self._judged(task, drawn.x0, draws, text)), self.options.gan)
-        taught, _ = self.teacher.velocity(noised.x_t, noised.t, text)
+        taught = self._taught(task, drawn, text)
         own = flow.velocity_loss(drawn.velocity, noised.x0, noised.noise)
         distilled = velocity_distance(drawn.velocity, taught)
         loss = self.options.gan_weight * game + self.scaling(own, distilled, noised.t)
@@ -202,11 +209,26 @@ class AdversarialDistillation:
 
     def _drawn(self, task: DenoiserTask, schedule: Tensor, batch: Batch, draws: Draws) -> Drawn:
         """x~_0 = x_t - t v at one of the student's times for each sample, all equally likely."""
-        uniform = draws.uniform()
-        t = schedule.to(uniform.device)[(uniform * len(schedule)).long()]
+        step = (draws.uniform() * len(schedule)).long()
+        t = schedule.to(step.device)[step]
         noised = task.noised(batch, draws, t)
         velocity = task.velocity(noised)
-        return Drawn(noised, velocity, flow.clean(noised.x_t, velocity.float(), t))
+        return Drawn(noised, step, velocity, flow.clean(noised.x_t, velocity.float(), t))
+
+    def _taught(self, task: DenoiserTask, drawn: Drawn, text: Any) -> Tensor:
+        """L_kd's target [B, C, h, w]: the mean of the teacher's velocities on its way to the student's next time."""
+        noised, finer = drawn.noised, self.options.teacher_steps
+        # The student's times are every `finer`-th of these.
+        times = few_steps(self.options.student_steps * finer, task.shift).to(drawn.step.device)
+        times = torch.cat((times, times.new_zeros(1)))
+        x, t = noised.x_t, noised.t
+        for part in range(finer):
+            velocity, _ = self.teacher.velocity(x, t, text)
+            if finer == 1:
+                return velocity
+            following = times[drawn.step * finer + part + 1]
+            x, t = x - flow.per_sample(t - following, x) * velocity, following
+        return (noised.x_t - x) / flow.per_sample(noised.t - t, x)
 
     def _judged(self, task: DenoiserTask, x0: Tensor, draws: Draws, text: Any) -> list[Tensor]:
         """The trunk's features [B, C, h, w] of x_0 noised to a time of its own."""
