@@ -49,7 +49,15 @@ _GPU_ATTENTION = {
     "geglu": ("896-2688-1024-b16",),
     "transformer_block": ("896ch-1024-b16",),
 }
-_GPU_SUITES = {"resblock": _GPU_RESBLOCK, "attention": _GPU_ATTENTION}
+
+# --suite model on a GPU: what a user waits for, at the sizes of the goals.
+_GPU_MODEL = {
+    "decoder": ("1024px",),
+    "denoiser": ("t2i-128x128-b2",),
+    "picture": ("1024px-4",),
+    "train": ("t2i-128x128-b8", "imagenet-256-b256"),
+}
+_GPU_SUITES = {"resblock": _GPU_RESBLOCK, "attention": _GPU_ATTENTION, "model": _GPU_MODEL}
 
 # --quick: the stages of the model where one op alone is quick, and one shape of the rest.
 _QUICK = {
@@ -87,13 +95,14 @@ def named(suite: tuple[str, ...], device: str) -> tuple[tuple[str, ...], Subset 
 
 
 def select_models(
-    names: tuple[str, ...], dtypes: tuple[str, ...], *, quick: bool, small: bool, subset: Subset | None
+    device: str, names: tuple[str, ...], dtypes: tuple[str, ...], *, quick: bool, small: bool, subset: Subset | None
 ) -> list[ModelCase]:
     """The model cases to run. Quick runs have none: one forward alone takes seconds."""
     if quick:
         return []
     chosen = [case for case in models.CASES if case.op in names and case.bench != small]
-    if subset is not None:
+    chosen = [replace(case, device=device) for case in chosen if device == "cuda" or not case.gpu]
+    if subset is not None and not small:
         chosen = [case for case in chosen if case.name in subset[case.op]]
     return [replace(case, dtype=DTYPES[dtype]) for case in chosen for dtype in dtypes if dtype != "fp16"]
 

@@ -1,4 +1,5 @@
-"""Whole models as cases: the decoder, one forward of the denoiser, one training step. Weights are random.
+"""Whole models as cases: the decoder, one forward of the denoiser, a whole picture, one training step. Weights are
+random.
 
 A :class:`ModelCase` stands beside the ops' cases in a run. All providers of a case share its weights and inputs, but a
 training step has its own for each provider, since it changes them.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,9 +24,10 @@ from bench.plain import plain
 from snapgen.config import PRESETS
 from snapgen_kernels.checks import assert_close
 
-MODELS = ("decoder", "denoiser", "train")
+MODELS = ("decoder", "denoiser", "picture", "train")
 TEXT_TOKENS = 333  # 77 of CLIP and 256 of Gemma-2, as t2i-1024 reads them
 CHECK_SIDE = 16  # side of the latents that are checked: fp64 at the model's own size would take minutes
+PICTURE_STEPS = 4  # of a picture, without guidance, as a distilled student draws it
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,11 @@ class ModelCase:
     """One model at one size.
 
     Attributes:
-        op: ``decoder``, ``denoiser`` or ``train``. name: unique within it.
+        op: one of ``MODELS``. name: unique within it.
         side: of the square latents. tokens: of the text. narrow: what every width of the preset is divided by.
         bench: False for the sizes that tests use.
+        gpu: too large for a processor without one.
+        device: where it runs.
     """
 
     op: str
@@ -47,6 +51,8 @@ class ModelCase:
     narrow: int = 1
     dtype: torch.dtype = torch.float32
     bench: bool = True
+    gpu: bool = False
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}-{str(self.dtype).removeprefix('torch.')}"
@@ -61,16 +67,26 @@ class ModelCase:
         """Its name in the rows: a training step is timed whole."""
         return "step" if self.op == "train" else "fwd"
 
+    @property
+    def wall(self) -> bool:
+        """Whether the processor's own time counts as well: a picture is what a user waits for."""
+        return self.op == "picture"
+
 
 CASES: tuple[ModelCase, ...] = (
     ModelCase("decoder", "512px", "t2i-1024", 64),
     ModelCase("decoder", "1024px", "t2i-1024", 128),
     ModelCase("denoiser", "t2i-32x32", "t2i-1024", 32),
     ModelCase("denoiser", "t2i-128x128", "t2i-1024", 128),
+    ModelCase("denoiser", "t2i-128x128-b2", "t2i-1024", 128, batch=2, gpu=True),  # with guidance
+    ModelCase("picture", "1024px-4", "t2i-1024", 128, gpu=True),
     ModelCase("train", "tiny-b64", "tiny", 8, batch=64),
     ModelCase("train", "t2i-quarter-b8", "t2i-1024", 32, batch=8, narrow=4),
+    ModelCase("train", "t2i-128x128-b8", "t2i-1024", 128, batch=8, gpu=True),
+    ModelCase("train", "imagenet-256-b256", "imagenet-256", 32, batch=256, tokens=77, gpu=True),
     ModelCase("decoder", "small", "tiny", 2, bench=False),
     ModelCase("denoiser", "small", "tiny", 4, tokens=5, bench=False),
+    ModelCase("picture", "small", "tiny", 4, tokens=5, bench=False),
     ModelCase("train", "small", "tiny", 8, batch=2, bench=False),
     ModelCase("train", "latents", "tiny", 4, batch=2, tokens=5, narrow=2, bench=False),
 )
@@ -95,13 +111,37 @@ def denoiser_flags(case: ModelCase) -> dict[str, Any]:
     }
 
 
+class Picture(nn.Module):
+    """A denoiser and a decoder that draw: Euler steps of equal length, then the picture."""
+
+    def __init__(self, denoiser: Any, decoder: Any) -> None:
+        super().__init__()
+        self.denoiser, self.decoder = denoiser, decoder
+
+    def forward(self, latents: Tensor, time: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        return draw(self.denoiser, self.decoder, (latents, time, context, pooled))
+
+
+def draw(denoiser: Callable[..., Any], decoder: Callable[[Tensor], Tensor], activations: Sequence[Tensor]) -> Tensor:
+    """A picture of noise: ``PICTURE_STEPS`` steps from the given time [B], in thousandths, down to 0."""
+    latents, time, context, pooled = activations
+    for step in range(PICTURE_STEPS):
+        now = time * (1 - step / PICTURE_STEPS)
+        velocity = denoiser(latents, now, context, None, pooled, return_dict=False)[0]
+        latents = latents - (time[0] / (1000 * PICTURE_STEPS)).to(latents.dtype) * velocity
+    return decoder(latents)
+
+
 def _network(case: ModelCase) -> nn.Module:
     from snapgen.decoder import TinyDecoder
     from snapgen.unet import SnapGenUNet
 
-    if case.op == "decoder":  # without scaling, `decode` computes what the network's forward does
-        return TinyDecoder(**{**PRESETS[case.preset].decoder, "scaling_factor": 1.0, "shift_factor": 0.0})
-    return SnapGenUNet(**denoiser_flags(case))
+    # Without scaling, `decode` computes what the decoder's forward does.
+    flags = {**PRESETS[case.preset].decoder, "scaling_factor": 1.0, "shift_factor": 0.0}
+    if case.op == "decoder":
+        return TinyDecoder(**flags)
+    denoiser = SnapGenUNet(**denoiser_flags(case))
+    return Picture(denoiser, TinyDecoder(**flags)) if case.op == "picture" else denoiser
 
 
 def without_memory(case: ModelCase) -> nn.Module:
@@ -129,7 +169,7 @@ def build(case: ModelCase) -> nn.Module:
             else:  # a norm's weight, or a bias
                 values = 1 + 0.2 * values if "norm" in name and name.endswith("weight") else 0.1 * values
             parameter.copy_(values)
-        return _channels_last(network).eval()
+        return _channels_last(network.to(case.device)).eval()
 
 
 @cache
@@ -148,16 +188,17 @@ def release() -> None:
     yardstick.cache_clear()
 
 
-def feeds(case: ModelCase, side: int | None = None, device: str = "cpu") -> tuple[Tensor, ...]:
-    """Random activations of the network, in the order of its arguments: latents, and for a denoiser also time, text
-    tokens and pooled text."""
+def feeds(case: ModelCase, side: int | None = None, device: str | None = None) -> tuple[Tensor, ...]:
+    """Random activations of the network, in the order of its arguments: latents, and with a denoiser also time, text
+    tokens and, where it reads it, pooled text. ``device``: the case's unless given."""
+    device = device or case.device
     generator = torch.Generator().manual_seed(2412)  # not the seed of any step's noise
     dtype = case.dtype if case.op != "train" else torch.float32
 
     def draw(*shape: int) -> Tensor:
         if device == "meta":
             return torch.empty(shape, dtype=dtype, device=device)
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     side = side or case.side
     preset = PRESETS[case.preset]
@@ -165,41 +206,68 @@ def feeds(case: ModelCase, side: int | None = None, device: str = "cpu") -> tupl
         if case.op == "decoder":
             return (draw(case.batch, preset.decoder["latent_channels"], side, side),)
         flags = denoiser_flags(case)
-        return (
+        found = (
             draw(case.batch, flags["in_channels"], side, side),
             torch.full((case.batch,), 500.0, device=device),
             draw(case.batch, case.tokens, flags["context_dim"]),
-            draw(case.batch, flags["pooled_dim"]),
         )
+        pooled = flags.get("pooled_dim")
+        return found if pooled is None else (*found, draw(case.batch, pooled))
 
 
 def run(network: nn.Module, activations: Sequence[Tensor]) -> Tensor:
     """The network's output: pictures of latents, or a velocity."""
-    if len(activations) == 1:
-        return network(activations[0])
-    sample, time, context, pooled = activations
-    return network(sample, time, context, None, pooled, return_dict=False)[0]
+    if len(activations) == 1 or isinstance(network, Picture):
+        return network(*activations)
+    sample, time, context, *pooled = activations
+    return network(sample, time, context, None, *pooled, return_dict=False)[0]
 
 
 def run_fused(network: Any, activations: Sequence[Tensor], *, low_memory: bool | None = None) -> Tensor:
     """:func:`run` as users of the fused kernels do: pictures come from ``decode``."""
+    if isinstance(network, Picture):
+        return draw(network.denoiser, network.decoder.decode, activations)
     if len(activations) == 1 and not torch.is_grad_enabled():
         return network.decode(activations[0], low_memory=low_memory)
     return run(network, activations)
+
+
+def recorded(network: Any) -> Callable[[Sequence[Tensor]], Tensor]:
+    """:func:`run_fused` as `SnapGenPipeline.compile` has it on a GPU: denoiser and decoder are CUDA graphs."""
+    from snapgen.graphs import Graphed
+
+    if not isinstance(network, Picture):
+        graph = Graphed(lambda *values: run_fused(network, values), network)
+        return lambda activations: graph(*activations)
+
+    def velocity(*values: Tensor | None) -> Tensor:
+        return network.denoiser(*values, return_dict=False)[0]
+
+    step, decode = Graphed(velocity, network.denoiser), Graphed(network.decoder.decode, network.decoder)
+    return lambda activations: draw(lambda *values, return_dict: (step(*values),), decode, activations)
+
+
+def compiled(network: Any, mode: str) -> Any:
+    """``torch.compile`` of the network; of a picture, of the two networks that draw it."""
+    options: dict[str, Any] = dict(fullgraph=True, dynamic=False, mode=mode)
+    if isinstance(network, Picture):
+        return Picture(torch.compile(network.denoiser, **options), torch.compile(network.decoder, **options))
+    return torch.compile(network, **options)
 
 
 def contiguous(network: nn.Module, case: ModelCase) -> nn.Module:
     """The same weights in a network whose pictures are contiguous (NCHW) from its first convolution on."""
     other: Any = without_memory(case)
     other.load_state_dict({name: value.contiguous() for name, value in network.state_dict().items()}, assign=True)
-    other.conv_in.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    for part in (other.denoiser, other.decoder) if isinstance(other, Picture) else (other,):
+        part.conv_in.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     return other.eval()
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def make_task(case: ModelCase, device: str = "cpu") -> tuple[Any, Any]:
+def make_task(case: ModelCase, device: str | None = None) -> tuple[Any, Any]:
     """Task and batch of a training case: ``snapgen train`` as it is where the preset trains its own encoders, else on
     given latents and text, as where the encoders are frozen and their outputs are kept. The same weights at every
     call."""
@@ -210,14 +278,14 @@ def make_task(case: ModelCase, device: str = "cpu") -> tuple[Any, Any]:
     from snapgen.tasks import DenoiserTask, build_autoencoder, build_denoiser
     from snapgen.text import TextEmbedding
 
-    preset = PRESETS[case.preset]
+    preset, device = PRESETS[case.preset], device or case.device
     if preset.encoder is None or case.narrow > 1:
-        latents, _, context, pooled = feeds(case, device=device)
+        latents, _, context, *pooled = feeds(case, device=device)
         if device == "meta":
             network = without_memory(case)
         else:
             network = build(case)
-        text = TextEmbedding(context, None, pooled)  # type: ignore[arg-type]  # every token counts
+        text = TextEmbedding(context, None, pooled[0] if pooled else None)  # type: ignore[arg-type]  # every token counts
         with torch.device("meta"):
             decoder = TinyDecoder(**preset.decoder)
         task = DenoiserTask(preset, denoiser=network.train(), text=CachedText(text), encoder=None, decoder=decoder)
@@ -229,7 +297,7 @@ def make_task(case: ModelCase, device: str = "cpu") -> tuple[Any, Any]:
         denoiser, text_encoder, tokenizer = build_denoiser(preset, list(VOCABULARY))
     pictures, captions = ShapesDataset(preset.resolution, split="train").batch(range(case.batch))
     modules = dict(denoiser=denoiser, text_encoder=text_encoder, encoder=encoder, decoder=decoder)
-    placed: dict[str, Any] = {name: _channels_last(module).train() for name, module in modules.items()}
+    placed: dict[str, Any] = {n: _channels_last(module.to(case.device)).train() for n, module in modules.items()}
     joint = JointText(tokenizer, placed.pop("text_encoder"))
     batch = Batch(captions=list(captions), images=pictures, positions=range(case.batch))
     return DenoiserTask(preset, text=joint, **placed), batch
@@ -239,8 +307,12 @@ def _channels_last(network: nn.Module) -> nn.Module:
     return nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def training(case: ModelCase, *, layout: str = "channels_last", compiled: bool = False) -> Callable[[], Tensor]:
-    """One optimizer step of ``snapgen train`` on weights of its own, as a function that returns the loss."""
+def training(case: ModelCase, *, layout: str = "channels_last", mode: str | None = None) -> Callable[[], Tensor]:
+    """One optimizer step of ``snapgen train`` on weights of its own, as a function that returns the loss.
+
+    Args:
+        mode: of torch.compile; None for none.
+    """
     from snapgen.data.loader import Share
     from snapgen.train import TrainConfig, TrainState, optimizer_step
 
@@ -252,10 +324,10 @@ def training(case: ModelCase, *, layout: str = "channels_last", compiled: bool =
             for module in (task.modules["denoiser"], getattr(task, "encoder", None)):
                 if module is not None:
                     module.conv_in.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-        if compiled:
+        if mode is not None:
             for module in (*task.modules.values(), getattr(task, "encoder", None)):
                 if module is not None:
-                    module.compile(dynamic=False)
+                    module.compile(dynamic=False, mode=mode)
         config = TrainConfig(batch_size=case.batch, dtype="bf16" if case.dtype == torch.bfloat16 else "fp32")
         state = TrainState(task, config)
 
@@ -286,7 +358,7 @@ def _costs(case: ModelCase) -> tuple[int, int]:
         with plain(), torch.inference_mode(False), FlopCounterMode(display=False) as counter:
             # The tiny text encoder looks at its tokens, so that it has to have some.
             frozen = PRESETS[case.preset].encoder is None or case.narrow > 1
-            task, batch = make_task(case, device="meta" if frozen else "cpu")
+            task, batch = make_task(replace(case, device="cpu"), device="meta" if frozen else "cpu")
             (phase,) = task.phases()
             drawn = Draws(0, 0, batch.positions, device="meta" if frozen else "cpu")
             phase.loss(batch, drawn)[0].backward()
@@ -308,7 +380,7 @@ def _costs(case: ModelCase) -> tuple[int, int]:
 def _alike(case: ModelCase) -> Iterator[None]:
     """The arithmetic of the case: autocast where it trains in bf16."""
     autocast = case.op == "train" and case.dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+    with torch.autocast(case.device, torch.bfloat16) if autocast else nullcontext():
         yield
 
 
@@ -359,12 +431,12 @@ def _results(
 def _results_in_double(case: ModelCase, network: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     wide = without_memory(case)
     wide.load_state_dict({name: value.double() for name, value in network.state_dict().items()}, assign=True)
-    numbers = [value.double() if index != 1 else value for index, value in enumerate(inputs)]
+    numbers = [value.double() if index != 1 or len(inputs) == 1 else value for index, value in enumerate(inputs)]
     with snapgen_kernels.use("reference"):
         output = run(wide, numbers)
     if not torch.is_grad_enabled():
         return output, []
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).double()
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
     return output.detach(), list(torch.autograd.grad(output, list(wide.parameters()), upstream))
 
 

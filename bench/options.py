@@ -27,10 +27,10 @@ class Options:
     """Where to run."""
     suite: str = "all"
     """What to run, separated by commas: ops (group_norm_silu, sepconv, resblock, qk_norm_rope, attention, geglu,
-    decoder_block), a block of them (transformer_block), whole models (decoder, denoiser, train; on the CPU), or ops,
-    models, all; readme: what the README shows. On CUDA two entries, each alone, stand for more, at the sizes that have
-    goals: resblock for what the block is made of (group_norm_silu, sepconv, resblock), attention for the transformer's
-    ops and block (qk_norm_rope, attention, geglu, transformer_block)."""
+    decoder_block), a block of them (transformer_block), whole models (decoder, denoiser, picture, train), or ops,
+    models, all; readme: what the README shows. On CUDA three entries, each alone, stand for more, at the sizes that
+    have goals: resblock for what the block is made of (group_norm_silu, sepconv, resblock), attention for the
+    transformer's ops and block (qk_norm_rope, attention, geglu, transformer_block), model for the whole models."""
     case: str = ""
     """Only cases whose name contains this, such as 256ch."""
     dtype: str = ""

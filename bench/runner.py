@@ -131,6 +131,8 @@ def _time(
     outcome: Outcome,
 ) -> list[Row]:
     train = mode == "train"
+    if isinstance(case, ModelCase) and case.wall:
+        clock = Clock(plan.device, wall=True)
     steps: dict[str, Step] = {}
     peaks: dict[str, int] = {}
     kept: dict[str, int] = {}

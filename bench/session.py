@@ -88,11 +88,10 @@ def make_plan(options: Options, console: Console) -> Plan:
     Raises:
         UsageError: an entry is not allowed, or nothing is left.
     """
-    entries = listed("suite", options.suite, (*cases.SUITES, *cases.OPS, *cases.BLOCKS, *MODELS))
+    allowed = (*cases.SUITES, *cases.OPS, *cases.BLOCKS, *MODELS)
+    entries = listed("suite", options.suite, (*allowed, "model") if options.device == "cuda" else allowed)
     names, subset = cases.named(entries, options.device)
     ops = tuple(name for name in names if name in (*cases.OPS, *cases.BLOCKS))
-    if options.device != "cpu" and not ops:
-        raise UsageError(f"--suite {options.suite}: whole models are timed on the CPU only")
     if options.quick:
         unavailable = {op: _backend.missing_kernel(op, options.device) for op in ops if op in cases.OPS}
         for op, reason in unavailable.items():
@@ -103,8 +102,7 @@ def make_plan(options: Options, console: Console) -> Plan:
     dtypes = listed("dtype", options.dtype or default, tuple(cases.DTYPES))
     size = dict(quick=options.quick, small=options.small)
     chosen: list[Case | ModelCase] = [*cases.select(options.device, ops, dtypes, subset=subset, **size)]
-    if options.device == "cpu":
-        chosen += cases.select_models(names, dtypes, subset=subset, **size)
+    chosen += cases.select_models(options.device, names, dtypes, subset=subset, **size)
     chosen = [case for case in chosen if options.case in case.name]
     if not chosen:
         raise UsageError(

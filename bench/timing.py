@@ -92,10 +92,14 @@ class Clock:
     A GPU works through a queue. Before each part the caches are overwritten (written, so that what is timed also pays
     for making room, as with Triton's ``do_bench``), again and again until the processor has queued the whole part by
     the time that the device gets to it: else the span would hold the processor's own time wherever kernels are short.
+
+    Args:
+        wall: on CUDA, time what a user waits for instead: from the call until the device is done, caches as they are.
     """
 
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
+    def __init__(self, device: str, *, wall: bool = False) -> None:
+        self.cuda = device == "cuda" and not wall
+        self.waits = device == "cuda" and wall
         # Twice the L2 cache of the largest GPUs of today.
         self._scratch = torch.empty(1 << 28, dtype=torch.int8, device=device) if self.cuda else None
         self._flushes: WeakKeyDictionary[Part, int] = WeakKeyDictionary()
@@ -105,8 +109,12 @@ class Clock:
             return self._on_device(step)
         times = []
         for part in step:
+            if self.waits:
+                torch.cuda.synchronize()
             begin = time.perf_counter()
             part()
+            if self.waits:
+                torch.cuda.synchronize()
             if not isinstance(part, Untimed):
                 times.append(1e3 * (time.perf_counter() - begin))
         return times

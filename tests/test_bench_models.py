@@ -11,6 +11,8 @@ from rich.console import Console
 
 import bench.__main__ as command
 from bench import cases, models
+from bench.goals import GPU_GOALS
+from bench.options import UsageError
 from bench.plain import plain
 from bench.results import read
 from bench.session import make_plan
@@ -89,10 +91,42 @@ def test_inside_plain_no_op_of_ours_is_called() -> None:
 
 def test_the_readme_suite_has_every_op_and_every_model() -> None:
     plan = make_plan(command.parse(("--suite", "readme")), Console(file=StringIO()))
-    assert {case.op for case in plan.cases} == {*cases.OPS, *models.MODELS}
+    assert {case.op for case in plan.cases} == {*cases.OPS, *models.MODELS} - {"picture"}  # which is a GPU's
     assert {case.dtype for case in plan.cases} == {torch.float32, torch.bfloat16}
     everything = make_plan(command.parse(("--suite", "all")), Console(file=StringIO()))
     assert {str(case) for case in plan.cases} < {str(case) for case in everything.cases}
+
+
+def test_a_gpu_is_timed_at_the_sizes_of_its_goals() -> None:
+    plan = make_plan(command.parse(("--suite", "model", "--device", "cuda")), Console(file=StringIO()))
+    chosen = {(case.op, case.name, case.device) for case in plan.cases}
+    assert chosen == {
+        ("decoder", "1024px", "cuda"), ("denoiser", "t2i-128x128-b2", "cuda"), ("picture", "1024px-4", "cuda"),
+        ("train", "t2i-128x128-b8", "cuda"), ("train", "imagenet-256-b256", "cuda"),
+    }  # fmt: skip
+    assert {(op, name) for op, name, _ in chosen} <= {(goal.op, goal.case) for goal in GPU_GOALS}
+    assert {case.dtype for case in plan.cases} == {torch.bfloat16}
+    large = {case.name for case in models.CASES if case.gpu}
+    assert not [c for c in cases.select_models("cpu", models.MODELS, ("fp32",), quick=False, small=False, subset=None)
+                if c.name in large]  # fmt: skip
+    with pytest.raises(UsageError, match="--suite"):
+        make_plan(command.parse(("--suite", "model")), Console(file=StringIO()))
+
+
+def test_a_picture_is_its_steps_and_its_decoding() -> None:
+    case = SMALL["picture-small-float32"]
+    network, (latents, time, context, pooled) = models.build(case), models.feeds(case)
+    with torch.no_grad():
+        x = latents
+        for thousandths in (500.0, 375.0, 250.0, 125.0):
+            velocity = network.denoiser(x, thousandths, context, None, pooled, return_dict=False)[0]
+            x = x - 0.125 * velocity
+        expected = network.decoder(x)
+        torch.testing.assert_close(models.run(network, (latents, time, context, pooled)), expected)
+    pictures, denoiser, decoder = (
+        models.costs(SMALL[f"{op}-small-float32"])[0] for op in ("picture", "denoiser", "decoder")
+    )
+    assert pictures == 4 * denoiser + 4 * decoder  # whose own small case has a fourth of the latents
 
 
 def test_models_count_what_info_counts() -> None:

@@ -41,15 +41,15 @@ def release() -> None:
     _on_device.cache_clear()
 
 
-def plain_model(case: ModelCase, *, layout: str = "channels_last", compiled: bool = False) -> Prepared:
-    """A model of plain PyTorch: its forward, or its training step."""
+def plain_model(case: ModelCase, *, layout: str = "channels_last", mode: str | None = None) -> Prepared:
+    """A model of plain PyTorch: its forward, or its training step; ``mode``: of torch.compile, None for none."""
     if case.op == "train":
-        step = models.training(case, layout=layout, compiled=compiled)
+        step = models.training(case, layout=layout, mode=mode)
     else:
         network, activations = models.network_and_feeds(case)
         if layout == "contiguous":
             network = models.contiguous(network, case)
-        forward: Any = torch.compile(network, fullgraph=True, dynamic=False) if compiled else network
+        forward: Any = network if mode is None else models.compiled(network, mode)
 
         def step() -> Tensor:
             return models.run(forward, activations)

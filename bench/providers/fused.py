@@ -25,8 +25,11 @@ def _model(case: ModelCase, low_memory: bool | None) -> Prepared:
         step = models.training(case)
     else:
         network, activations = models.network_and_feeds(case)
+        graph = models.recorded(network) if case.device == "cuda" else None
 
         def step() -> torch.Tensor:
+            if graph is not None:
+                return graph(activations)
             return models.run_fused(network, activations, low_memory=low_memory)
 
     def call() -> torch.Tensor:
@@ -37,7 +40,8 @@ def _model(case: ModelCase, low_memory: bool | None) -> Prepared:
 
 
 class Fused:
-    """``snapgen_kernels`` under ``use("fused")``; whole models as users run them, under ``use("auto")``."""
+    """``snapgen_kernels`` under ``use("fused")``; whole models as users run them, under ``use("auto")``, without
+    gradients on a GPU as CUDA graphs."""
 
     in_torch = True
 
@@ -55,10 +59,10 @@ class Fused:
         return None
 
     def unfit(self, case: Case | ModelCase, device: str, train: bool) -> str | None:
-        if self.low_memory and case.op != "decoder":
-            return "only the decoder has a low-memory mode"
+        if self.low_memory and (case.op != "decoder" or device == "cuda"):
+            return "only the decoder has a low-memory mode, on CPUs"
         if isinstance(case, ModelCase):
-            return _backend.extension().reason
+            return _backend.missing_kernel("resblock", device)
         ops = case.ops if isinstance(case, BlockCase) else (case.op,)
         reasons = (_backend.missing_kernel(op, device) for op in ops)
         return next((reason for reason in reasons if reason is not None), None)
