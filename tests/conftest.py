@@ -29,4 +29,4 @@ def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring what the machine can do takes the benchmark seconds; one test does it."""
     from bench import limits
 
-    monkeypatch.setattr(limits, "measure", lambda device, dtypes, seconds: limits.assumed(device))
+    monkeypatch.setattr(limits, "measure", lambda device, dtypes, seconds=0.5: limits.assumed(device))

@@ -1,0 +1,92 @@
+"""Where a model's time goes: every weight belongs to one part, costs are those of the whole, and the table adds up."""
+
+from __future__ import annotations
+
+import sys
+import types
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import limits, models, stages
+from bench.cases import Cost
+from bench.stages import Part, Stages, main, measure, parts_of, stage_of, table
+
+SMALL = {case.op: case for case in models.CASES if not case.bench and case.name == "small"}
+
+
+@pytest.mark.parametrize("op", ["denoiser", "decoder"])
+def test_every_weight_belongs_to_one_part(op: str) -> None:
+    network = models.without_memory(SMALL[op])
+    owned = [id(p) for module in parts_of(network).values() for p in module.parameters()]
+    assert sorted(owned) == sorted(id(p) for p in network.parameters())
+
+
+@pytest.mark.parametrize("op", ["denoiser", "decoder"])
+def test_parts_are_counted_and_timed(op: str) -> None:
+    case = SMALL[op]
+    parts, whole = measure(case, rounds=3)
+    network, _ = models.network_and_feeds(case)
+    assert [part.name for part in parts] == list(parts_of(network))
+    assert all(len(part.times) == 3 and part.ms > 0 for part in parts)
+    assert 0 < sum(part.ms for part in parts) < 1.5 * whole  # medians of different passes
+    assert sum(part.cost.flops for part in parts) == pytest.approx(models.costs(case)[0], rel=1e-3)
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    assert sum(part.cost.bytes for part in parts) > weights
+    models.release()
+
+
+def test_the_next_gap_is_the_largest_above_its_floor() -> None:
+    rates = limits.Limits({"fp32": 1e9}, ((1 << 28, 1e9),))  # 1e6 FLOPs or bytes are a millisecond
+    parts = [
+        Part("up.0.layers.0.res", "SepResBlock", Cost(2_000_000, 10), [5.0, 4.0, 3.0]),
+        Part("up.0.layers.1.res", "SepResBlock", Cost(10, 1_000_000), [2.0]),
+        Part("conv_in", "Conv2d", Cost(6_000_000, 10), [6.5]),
+    ]
+    found, gap = table(parts, 13.0, rates, torch.float32, "stage")
+    assert gap == "next: up.0, 3.000 ms above its floor (23% of the whole)"
+    columns = [list(column.cells) for column in found.columns]
+    assert columns[0] == ["up.0", "conv_in", stages.REST] and columns[2] == ["6.000", "6.500", "0.500"]
+    assert columns[5] == ["2.00x", "1.08x", ""]
+    assert table(parts, 13.0, rates, torch.float32, "op")[1].startswith("next: SepResBlock, 3.000 ms")
+    assert table(parts, 13.0, rates, torch.float32, "part")[1].startswith("next: up.0.layers.0.res, 2.000 ms")
+    assert [stage_of(name) for name in ("down.1.layers.0", "mid.res1", "conv_in")] == ["down.1", "mid", "conv_in"]
+
+
+def test_ranges_are_named_after_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Range:
+        def __init__(self, name: str, domain: str) -> None:
+            seen.append(name)
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    fake = types.ModuleType("nvtx")
+    fake.annotate = Range  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nvtx", fake)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: fake)
+    measure(SMALL["decoder"], rounds=1, nvtx=True)
+    assert {"conv_in", "stages.0.0", "upsamplers.1", "conv_out"} <= set(seen)
+    models.release()
+
+
+@pytest.mark.usefixtures("quick_limits")
+@pytest.mark.parametrize(
+    "options", [Stages(preset="tiny", side=2, rounds=1), Stages(preset="tiny", side=2, plain=True)]
+)
+def test_the_command_prints_the_table(options: Stages) -> None:
+    text = StringIO()
+    assert main(options, Console(file=text, width=120)) == 0
+    assert "up.0" in text.getvalue() and "next: " in text.getvalue()
+
+
+@pytest.mark.parametrize("wrong", [dict(preset="huge"), dict(preset="tiny-teacher"), dict(side=0), dict(rounds=0)])
+def test_what_cannot_be_measured_is_refused(wrong: dict) -> None:
+    text = StringIO()
+    assert main(Stages(**wrong), Console(file=text, width=120)) == 2
+    assert f"--{next(iter(wrong))}" in text.getvalue()
