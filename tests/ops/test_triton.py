@@ -34,6 +34,7 @@ FILES = {
     "geglu": ("geglu", "geglu"),
     "qk_norm_rope": ("qk_norm_rope", "qk_norm_rope_backward"),
     "attention": ("attention", "attention_backward"),
+    "decoder_block": ("decoder_block", "decoder_block_backward"),
 }
 # One process each, so that they run side by side.
 GROUPS = {
@@ -43,6 +44,7 @@ GROUPS = {
     "sepconv": "sepconv",
     "resblock": "resblock and not sepconv",
     "geglu": "geglu",
+    "decoder_block": "decoder_block",
 }
 
 # Few pixels but in "long": the interpreter sums an axis one by one in fp32, where a GPU adds in a tree.
@@ -61,6 +63,8 @@ SIZES = {
         "odd": {"B": 1, "C": 17, "H": 11, "W": 7, "O": 33, "G": 1, "shift": 1},
         "stride": {"B": 1, "C": 6, "H": 9, "W": 10, "O": 5, "stride": 2, "bias": 1},
         "upsample": {"B": 1, "C": 8, "H": 6, "W": 12, "O": 4, "G": 2, "upsample": 1, "residual": 1},
+        "up": {"B": 1, "C": 6, "H": 5, "W": 17, "O": 4, "upsample": 1, "bias": 1},
+        "up-down": {"B": 1, "C": 4, "H": 3, "W": 5, "O": 3, "G": 2, "stride": 2, "upsample": 1},
         "one-pixel": {"B": 1, "C": 4, "H": 1, "W": 1, "O": 3, "G": 1, "shift": 1},
         "wide": {"B": 1, "C": 136, "H": 7, "W": 10, "O": 144, "G": 8, "shift": 1},
     },
@@ -89,6 +93,12 @@ SIZES = {
         "one-token": {"B": 2, "N": 1, "H": 1, "D": 16, "M": 5},
         "wide-head": {"B": 1, "N": 33, "H": 2, "D": 100, "M": 33, "rope": 1},
     },
+    "decoder_block": {
+        "block": {"B": 2, "C": 8, "M": 24, "H": 5, "W": 6, "G": 4},
+        "low": {"B": 1, "C": 15, "M": 33, "H": 3, "W": 18, "G": 3, "low": 1},
+        "pixel": {"B": 1, "C": 4, "M": 8, "H": 1, "W": 1, "G": 1},
+        "wide": {"B": 1, "C": 80, "M": 144, "H": 3, "W": 4, "G": 8},
+    },
     "qk_norm_rope": {
         "self": {"B": 2, "N": 45, "H": 3, "D": 64, "M": 45, "rope": 1},
         "cross": {"B": 2, "N": 37, "H": 2, "D": 24, "M": 41},
@@ -101,7 +111,7 @@ SIZES = {
 BOTH_FORMATS = ("group_norm_silu",)
 launched: list[str] = []
 NARROW = (torch.float16, torch.bfloat16)
-NARROWED = ("all", "stride", "upsample", "shortcut", "same", "self", "cross", "masked")
+NARROWED = ("all", "stride", "upsample", "shortcut", "same", "self", "cross", "masked", "block", "low")
 
 
 def _first(op: str) -> Case:
@@ -243,7 +253,7 @@ def test_both_steps_in_one_kernel(case: Case, dtype: torch.dtype) -> None:
 
 
 @inside
-@pytest.mark.parametrize("op", ["sepconv", "resblock"])
+@pytest.mark.parametrize("op", ["sepconv", "resblock", "decoder_block"])
 def test_one_tanh_for_a_sigmoid(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The form of bf16 on NVIDIA, with an instruction as inaccurate as that one may be, keeps to the same bound."""
     from snapgen_kernels._triton import common
