@@ -49,7 +49,10 @@ _GPU_ATTENTION = {
     "geglu": ("896-2688-1024-b16",),
     "transformer_block": ("896ch-1024-b16",),
 }
-_GPU_SUITES = {"resblock": _GPU_RESBLOCK, "attention": _GPU_ATTENTION}
+
+# --suite decoder_block on a GPU: the decoder's block and the upsampler into its last stage.
+_GPU_DECODER = {"decoder_block": ("128ch-1024", "128ch-512", "160ch-128"), "sepconv": ("up-128-512",)}
+_GPU_SUITES = {"resblock": _GPU_RESBLOCK, "attention": _GPU_ATTENTION, "decoder_block": _GPU_DECODER}
 
 # --quick: the stages of the model where one op alone is quick, and one shape of the rest.
 _QUICK = {
