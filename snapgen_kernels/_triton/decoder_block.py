@@ -21,7 +21,7 @@ units; but a band is 3 launches, each of which the CPU takes longer to make than
 the whole image and ``warmup(tune=True)`` measures the other. Images whose middle fits the cache need no bands.
 
 ``low_memory`` computes the middle twice: bands up to the moments alone, then bands to the end. Nothing of M channels
-exists but two bands; 3 units are moved, and PW1 is multiplied twice. ``keep_middle`` hands DW2's image to the backward
+exists but two bands; 4 units are moved, and PW1 is multiplied twice. ``keep_middle`` hands DW2's image to the backward
 (``decoder_block_backward.py``).
 """
 
@@ -393,7 +393,9 @@ def forward(
         return y, h, mean.fill_(float("nan")), rstd.fill_(float("nan"))
     weights = Weights(dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
     block = prepared(x, weights, num_groups, eps)
-    twice = low_memory and not keep_middle
+    candidates, default = plans(x, middle, low_memory and not keep_middle)
+    # What fits one band is kept: it would take no less memory to compute it twice.
+    twice = low_memory and not keep_middle and default != Plan(x.shape[0], x.shape[2])
     out, kept = into(y), into(h) if keep_middle else None
 
     def follow(plan: Plan) -> tuple[Tensor, ...]:
@@ -407,7 +409,6 @@ def forward(
             normed_product(h2, block.weights.pw2_weight, scale, offset, block.x, out)
         return mean, rstd
 
-    candidates, default = plans(x, middle, twice)
     key = (str(x.dtype), *x.shape, middle, keep_middle, common.precision(x.dtype))
     mean, rstd = follow(tuning.choose("decoder_block", key, candidates, default, follow))
     if kept is not None and kept is not h:

@@ -349,8 +349,9 @@ def depthwise_configs(dtype: torch.dtype, nvidia: bool, even: bool) -> tuple[Dep
 
 
 def moments_configs(dtype: torch.dtype, nvidia: bool, even: bool) -> tuple[DepthwiseConfig, ...]:
-    """Candidates of scans that leave moments: those of the rule."""
-    return depthwise_configs(dtype, nvidia, even)[:4]
+    """Candidates of scans that leave moments: those of the rule; few registers for whole groups of columns alone."""
+    configs = depthwise_configs(dtype, nvidia, even)[:4]
+    return configs if even else tuple(config._replace(maxnreg=0) for config in configs)
 
 
 def direct_configs(dtype: torch.dtype) -> tuple[DirectConfig, ...]:
@@ -440,10 +441,10 @@ def depthwise(
             BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
 
+    key: tuple[int | str, ...] = (str(x.dtype), batch, channels, *size, norm is not None, dw_bias is not None)
     if stride == 2:
-        key = (str(x.dtype), batch, channels, height, width, upsample, norm is not None, dw_bias is not None)
         tiles = direct_configs(x.dtype)
-        direct(tuning.choose("direct", key, tiles, tiles[0], direct))
+        direct(tuning.choose("direct", (*key, height, width), tiles, tiles[0], direct))
     elif upsample:
         upsampled(x, taps, dw_bias, norm, y)
     else:
@@ -451,7 +452,6 @@ def depthwise(
         def scan(config: DepthwiseConfig) -> None:
             launch_scan(x, taps, dw_bias, norm, rows or Rows(0, height), y, None, config)
 
-        key = (str(x.dtype), batch, channels, *size, norm is not None, dw_bias is not None)
         configs = depthwise_configs(x.dtype, torch.version.hip is None, width % 4 == 0)
         default = scanning(configs, batch, channels, *size, common.processors(x))
         scan(tuning.choose("depthwise", key, configs, default, scan))
