@@ -92,7 +92,8 @@ def _by_plan(case: Case, mode: str, rate: gpu.Rates) -> dict[str, list[gpu.Kerne
         return {"": tokens.kernels(case.op, case.dims, case.dtype.itemsize, mode)}
     if case.op in decoder.OPS:
         forms = decoder.FORMS if mode == "fwd" else decoder.FORMS[:1]
-        return {form: decoder.kernels(case.op, case.dims, case.dtype.itemsize, mode, form) for form in forms}
+        plans = {form: decoder.kernels(case.op, case.dims, case.dtype.itemsize, mode, form) for form in forms}
+        return {form: made for form, made in plans.items() if form == forms[0] or made != plans[forms[0]]}
     found: dict[str, list[gpu.Kernel]] = {}
     for form in gpu.FORMS:
         made = gpu.kernels(case.op, case.dims, case.dtype.itemsize, mode, form, rate)

@@ -42,7 +42,8 @@ def kernels(op: str, dims: Mapping[str, int], itemsize: int, mode: str, form: st
     ``mode`` is ``fwd`` or ``bwd`` (all gradients), and ``form`` one of ``FORMS``, of the forward."""
     if mode == "bwd":
         return _backward(dims, itemsize)
-    return _forward(dims, itemsize) if form == "whole" else _low_memory(dims, itemsize)
+    once = form == "whole" or 2 * _pixels(dims) * dims["M"] * itemsize <= _BAND  # what fits one band is kept
+    return _forward(dims, itemsize) if once else _low_memory(dims, itemsize)
 
 
 def _pixels(dims: Mapping[str, int]) -> int:
@@ -112,7 +113,7 @@ def _low_memory(dims: Mapping[str, int], itemsize: int) -> list[Kernel]:
 
 def _backward(dims: Mapping[str, int], itemsize: int) -> list[Kernel]:
     """The product of dy leaves da, SiLU of the normed middle, and parts of the norm's sums; both depthwise convolutions
-    read their input and the gradient of their output and write that of the input."""
+    read their input and the gradient of their output and write that of the input, the first with dy added."""
     pixels, channels, middle = _pixels(dims), dims["C"], dims["M"]
     narrow, wide, weights, flops = pixels * channels, pixels * middle, channels * middle, 2 * pixels * channels * middle
     parts = 8 * middle * dims["B"] * math.ceil(dims["H"] * dims["W"] / _TILE)
@@ -139,8 +140,7 @@ def _backward(dims: Mapping[str, int], itemsize: int) -> list[Kernel]:
         Kernel("2: depthwise backward", 3 * wide * itemsize, vector=36 * wide),
         *gradient("1: weight gradient", middle, channels),
         _multiplied(Kernel("1: product of dy", (narrow + wide + weights) * itemsize), flops, itemsize),
-        Kernel("1: depthwise backward", 3 * narrow * itemsize, vector=36 * narrow),
-        Kernel("+ dy", 3 * narrow * itemsize, vector=narrow),
+        Kernel("1: depthwise backward", 4 * narrow * itemsize, vector=37 * narrow),
     ]
 
 

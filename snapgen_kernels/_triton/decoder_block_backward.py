@@ -13,11 +13,10 @@ norm: dh2 of da and h2                         2 e        e
 DW2: dh1 of dh2, and parts of its weights'     2 e        e
 PW1's weight gradient, of dh1 and d1           1 + e
 dd1 = PW1^T dh1                                e          1
-DW1: dx of dd1 and x, and parts                2          1
-+ dy                                           2          1
+DW1: dx of dd1 and x, + dy, and parts          3          1
 =============================================  =========  =======
 
-13 + 13 e units, 3 + 3 e more where the middle image was not kept: d1, h1 and DW2(h1) once more. The norm's sums and
+11 + 13 e units, 3 + 3 e more where the middle image was not kept: d1, h1 and DW2(h1) once more. The norm's sums and
 SiLU(norm(h2)) come out of the product that makes da, which has h2 at hand then: passes of their own would take 3 e
 units more.
 """
@@ -191,11 +190,11 @@ def backward(
         if in_first:
             dd1 = pointwise(dh1, plain.pw1_weight, transposed=True)
             dx = torch.empty_like(x)
-            inner = depthwise_backward.gradients(dd1, x, block.taps1, None, 1, False, dx, in_dw1, in_b1)
+            inner = depthwise_backward.gradients(dd1, x, block.taps1, None, 1, False, dx, in_dw1, in_b1, dy)
             found["dw1_weight"], found["dw1_bias"] = _depthwise(
                 inner, plain.dw1_weight, plain.dw1_bias if in_b1 else None
             )
-            found["x"] = dx.add_(dy)
+            found["x"] = dx
     return gradients([found.get(name) for name in ("x", *Weights._fields)], arguments, needs, dy)
 
 
@@ -216,5 +215,7 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                 flags: dict[str, Any] = {"FAST": fast, "EVEN_K": whole, "PRECISION": precision}
                 flags |= {"products": dtype != torch.float32 or precision == "tf32"}
                 sizes = ("K", "N") if whole else ()
-                found.append(common.build(gradient_product_kernel, dtype, images, config, sizes, **flags))
+                for extra in ({}, {"p_a": None}) if whole else ({},):
+                    added: dict[str, Any] = {**flags, **extra}
+                    found.append(common.build(gradient_product_kernel, dtype, images, config, sizes, **added))
     return found
