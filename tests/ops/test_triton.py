@@ -94,10 +94,10 @@ SIZES = {
         "wide-head": {"B": 1, "N": 33, "H": 2, "D": 100, "M": 33, "rope": 1},
     },
     "decoder_block": {
-        "block": {"B": 2, "C": 16, "M": 32, "H": 3, "W": 6, "G": 4},
+        "block": {"B": 1, "C": 16, "M": 32, "H": 4, "W": 6, "G": 4},
         "low": {"B": 1, "C": 15, "M": 33, "H": 3, "W": 18, "G": 3, "low": 1},
         "pixel": {"B": 1, "C": 4, "M": 8, "H": 1, "W": 1, "G": 1},
-        "wide": {"B": 1, "C": 80, "M": 144, "H": 3, "W": 4, "G": 8},
+        "wide": {"B": 2, "C": 80, "M": 144, "H": 3, "W": 4, "G": 8},
     },
     "qk_norm_rope": {
         "self": {"B": 2, "N": 45, "H": 3, "D": 64, "M": 45, "rope": 1},
@@ -276,13 +276,13 @@ def test_decoder_block_in_bands(low: int, dtype: torch.dtype, monkeypatch: pytes
     from snapgen_kernels._triton import decoder_block as kernels
     from snapgen_kernels._triton import depthwise, tuning
 
-    dims = {"B": 2, "C": 4, "M": 8, "H": 6, "W": 5, "G": 2, "low": low}
+    dims = {"B": 1 + low, "C": 4, "M": 8, "H": 6, "W": 5, "G": 2, "low": low}
     case = Case("decoder_block", "bands", dims, dtype, offset=0.0 if low else 100.0)
     inputs = case.inputs()
     arguments = case.spec.arguments({**inputs, "keep_middle": False})
     scan = depthwise.DepthwiseConfig(1, 8, 4, 1, 0)
     found = []
-    for plan in (kernels.Plan(2, 6), kernels.Plan(1, 4)):
+    for plan in (kernels.Plan(1 + low, 6), kernels.Plan(1, 4)):
         monkeypatch.setattr(kernels, "plans", lambda *_, plan=plan: ((plan,), plan))
         with (
             tuning.forced("depthwise", scan),
