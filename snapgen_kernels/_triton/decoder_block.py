@@ -17,8 +17,9 @@ PW2 of SiLU(norm(.)), + x                 e + 1   1
 what DW2 has not yet finished everywhere; its statistics cost no pass of their own, and what it gives is never stored.
 
 The same kernels on a band of rows at a time (:class:`Plan`) keep d1 and h1 in the L2 cache, and memory sees 3 + 2 e
-units; but a band is 3 launches, each of which the CPU takes longer to make than the GPU to run, so that the rule is
-the whole image and ``warmup(tune=True)`` measures the other. Images whose middle fits the cache need no bands.
+units; but such a band is 3 launches for 16 us of the GPU (96 MB at 6 TB/s, e = 3), which is less than the CPU is taken
+to need for them (50 us, ``costs.py``): the rule is the whole image, and ``warmup(tune=True)`` measures the other. The
+middle image of 160 channels at 128x128, 16 MB, stays in an H200's cache as a whole.
 
 ``low_memory`` computes the middle twice: bands up to the moments alone, then bands to the end. Nothing of M channels
 exists but two bands; 4 units are moved, and PW1 is multiplied twice. ``keep_middle`` hands DW2's image to the backward

@@ -18,7 +18,7 @@ DW1: dx of dd1 and x, + dy, and parts          3          1
 
 11 + 13 e units, 3 + 3 e more where the middle image was not kept: d1, h1 and DW2(h1) once more. The norm's sums and
 SiLU(norm(h2)) come out of the product that makes da, which has h2 at hand then: passes of their own would take 3 e
-units more.
+units more. At most three images of M channels are alive at a time.
 """
 
 from __future__ import annotations
