@@ -32,8 +32,8 @@ A blocked plan works through a few samples at a time, so that what is read soon 
 input of a norm) stays in the L2 cache; its bytes then cost the cache's rate. Blocks so short that launching them takes
 longer are not planned.
 
-Instructions decide too where they outnumber bytes: the machine code of ``depthwise`` has 20 for each value of its scan,
-that of ``fused`` 8 for each of its taps.
+Instructions decide too where they outnumber bytes: the machine code of ``depthwise`` has 20 for each value of its scan
+and 9 after nearest 2x, that of ``fused`` 8 for each of its taps.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ _TILE = 128  # pixels whose partial statistics a program writes
 _HALO = (16 + 2) / 16 * (4 + 2) / 4  # inputs over outputs of what a thread of `depthwise` scans
 _HALO_UP = (16 + 2) / 16 * (2 + 2) / 2  # over pixels of the small image, for nearest 2x
 _OUTPUTS = 256  # channels out that a program of `fused` computes
-_SCANNED, _TAP = 20, 8  # instructions for a value of `depthwise`, and for a tap of `fused`
+# Instructions for a value of `depthwise`, for one after nearest 2x, and for a tap of `fused`.
+_SCANNED, _SPREAD, _TAP = 20, 9, 8
 _SHORTEST = 50e-6  # seconds of a block: a CPU takes about as long to launch one
 _EVALUATION = 6  # FLOPs of norm and SiLU besides the special functions
 _PROCESSORS = 132  # over which a weight gradient is split
@@ -314,15 +315,15 @@ def _partials(pixels: int, channels: int) -> int:
 
 def _depthwise(half: Half, stays: bool) -> Kernel:
     evaluations = half.evaluations()
-    moved = half.pixels_in * half.channels * half.itemsize
+    moved, values = half.pixels_in * half.channels * half.itemsize, half.pixels_out * half.channels
+    spreads = half.upsample and half.stride == 1
     return Kernel(
         "depthwise",
         moved + (0 if stays else half.scratch),
         cached=half.scratch if stays else 0,
-        vector=(8 if half.upsample and half.stride == 1 else 18) * half.pixels_out * half.channels
-        + _EVALUATION * evaluations,
+        vector=(8 if spreads else 18) * values + _EVALUATION * evaluations,
         special=_silu(half.itemsize) * evaluations,
-        instructions=_SCANNED * half.pixels_out * half.channels,
+        instructions=(_SPREAD if spreads else _SCANNED) * values,
     )
 
 

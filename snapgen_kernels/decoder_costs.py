@@ -32,7 +32,7 @@ FORMS = ("whole", "low memory")
 _PROCESSORS = 132  # over which scans and weight gradients are split
 _ROWS, _COLUMNS, _SCAN = (16, 8, 4), 32, 64  # of a tile of moments, and channels of a program
 _TILE = 128  # pixels, and outputs, of a product's program
-_SCANNED, _MOMENTS = 20, 5  # instructions for a value of a scan, and for its share in moments
+_SCANNED, _MOMENTS = 20, 6  # instructions for a value of a scan, and for its share in moments, by the machine code
 _NORM = 6  # FLOPs of norm and SiLU besides the special functions
 _BAND = 64 << 20  # bytes of a band's two middle images
 
