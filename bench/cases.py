@@ -57,7 +57,16 @@ _GPU_MODEL = {
     "picture": ("1024px-4",),
     "train": ("t2i-128x128-b8", "imagenet-256-b256"),
 }
-_GPU_SUITES = {"resblock": _GPU_RESBLOCK, "attention": _GPU_ATTENTION, "model": _GPU_MODEL}
+
+# --suite decoder_block on a GPU: the decoder's block and the upsampler into its last stage.
+_GPU_DECODER = {"decoder_block": ("128ch-1024", "128ch-512", "160ch-128"), "sepconv": ("up-128-512",)}
+
+_GPU_SUITES = {
+    "resblock": _GPU_RESBLOCK,
+    "attention": _GPU_ATTENTION,
+    "decoder_block": _GPU_DECODER,
+    "model": _GPU_MODEL,
+}
 
 # --quick: the stages of the model where one op alone is quick, and one shape of the rest.
 _QUICK = {

@@ -15,6 +15,7 @@ from bench.models import ModelCase
 from bench.results import OURS, Row, compare
 from bench.runner import Plan
 from snapgen_kernels import costs as gpu
+from snapgen_kernels import decoder_costs as decoder
 from snapgen_kernels import token_costs as tokens
 from snapgen_kernels.testing import Case
 
@@ -64,12 +65,12 @@ def plan(console: Console, chosen: Plan, rates: Limits) -> None:
 def kernels(console: Console, chosen: Sequence[Case | ModelCase], rates: Limits) -> None:
     """What each GPU kernel of the cases moves and computes, and the sum of the kernels' floors beside the op's own;
     where an op may follow several plans, by plan."""
-    known = [case for case in chosen if not isinstance(case, ModelCase) and case.op in (*gpu.OPS, *tokens.OPS)]
+    known = [case for case in chosen if not isinstance(case, ModelCase) and case.op in _KNOWN]
     if known:
         console.print(
-            "GPU kernels by arithmetic (snapgen_kernels/costs.py, token_costs.py), by plan: split (each kernel on the "
-            "whole batch), blocked (a few samples at a time), fused; special: results of tanh, exponential and "
-            "reciprocal",
+            "GPU kernels by arithmetic (snapgen_kernels/costs.py, token_costs.py, decoder_costs.py), by plan: split or "
+            "whole (each kernel on the whole batch), blocked (a few samples at a time), fused, low memory (a few rows "
+            "at a time); special: results of tanh, exponential and reciprocal",
             soft_wrap=True,
         )
     for case in known:
@@ -89,6 +90,10 @@ def _by_plan(case: Case, mode: str, rate: gpu.Rates) -> dict[str, list[gpu.Kerne
     """The kernels of a mode under each plan that differs; transformer ops have one plan, without a name."""
     if case.op in tokens.OPS:
         return {"": tokens.kernels(case.op, case.dims, case.dtype.itemsize, mode)}
+    if case.op in decoder.OPS:
+        forms = decoder.FORMS if mode == "fwd" else decoder.FORMS[:1]
+        plans = {form: decoder.kernels(case.op, case.dims, case.dtype.itemsize, mode, form) for form in forms}
+        return {form: made for form, made in plans.items() if form == forms[0] or made != plans[forms[0]]}
     found: dict[str, list[gpu.Kernel]] = {}
     for form in gpu.FORMS:
         made = gpu.kernels(case.op, case.dims, case.dtype.itemsize, mode, form, rate)
@@ -180,5 +185,6 @@ def _ms(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+_KNOWN = (*gpu.OPS, *tokens.OPS, *decoder.OPS)
 _NAMES = ("mode", "plan", "kernel")
 _RIGHT = ("FLOPs", "bytes", "FLOP/byte", "floor ms")

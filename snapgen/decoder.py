@@ -15,7 +15,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from snapgen_kernels import DecoderBlock, Norm, SepConv2d, malloc_keeps_pages
+from snapgen_kernels import DecoderBlock, Norm, SepConv2d, group_norm_silu, malloc_keeps_pages
 from snapgen_kernels.decoding import apply_block, norm_silu_conv, runs_in_place
 
 Progress = Callable[[int, int], None]
@@ -90,15 +90,16 @@ class TinyDecoder(ModelMixin, ConfigMixin):
                 x = block(x)
             if index < len(self.upsamplers):
                 x = self.upsamplers[index](x)
-        return self.conv_out(nn.functional.silu(self.norm_out(x)))
+        return self.conv_out(group_norm_silu(x, *self._norm()))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, low_memory: bool | None = None, progress: Progress | None = None) -> Tensor:
         """Decode the denoiser's latents, without gradients: undo the scaling, then what `forward` computes.
 
         Args:
-            low_memory: hold about 1.25 images of the last stage's width at full size, rather than a third of what plain
-                PyTorch holds (3.3), a little slower. None: where malloc gives memory back at once
+            low_memory: compute the blocks' middle images twice rather than hold them. On a CPU: hold about 1.25 images
+                of the last stage's width at full size, rather than a third of what plain PyTorch holds (3.3), a little
+                slower. None: on a CPU whose malloc gives memory back at once
                 (:func:`snapgen_kernels.malloc_keeps_pages`); page faults then cost more than computing twice.
             progress: called with (done, total), multiply-accumulates of the decoder, as the work advances.
         """
@@ -112,10 +113,12 @@ class TinyDecoder(ModelMixin, ConfigMixin):
             )
         return self.conv_in(latents.contiguous(memory_format=torch.channels_last))
 
+    def _norm(self) -> Norm:
+        return Norm(self.norm_out.num_groups, self.norm_out.weight, self.norm_out.bias, self.norm_out.eps)
+
     def _draw(self, latents: Tensor, *, low_memory: bool | None = None, progress: Progress | None = None) -> Tensor:
         """What `forward` computes, without gradients: every block writes over its input."""
-        x = self._entered(latents)
-        norm = Norm(self.norm_out.num_groups, self.norm_out.weight, self.norm_out.bias, self.norm_out.eps)
+        x, norm = self._entered(latents), self._norm()
         parts: list[tuple[nn.Module, int]] = []  # with the multiply-accumulates of each
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         for index, stage in enumerate(self.stages):
@@ -126,17 +129,18 @@ class TinyDecoder(ModelMixin, ConfigMixin):
         total = sum(macs for _, macs in parts) + pixels * _weights(self.conv_out)
         # In images of the last width. Low memory: the last upsampler's input and output, which nothing can do without.
         # Otherwise a third of plain PyTorch, whose last block holds its input and three middle images at once.
+        on_cpu = x.device.type == "cpu"
         if low_memory is None:
-            low_memory = not malloc_keeps_pages()
+            low_memory = on_cpu and not malloc_keeps_pages()
         images = 5 / 4 if low_memory else (1 + 3 * self.config.expansion) / 3
-        budget = int(images * pixels * self.config.channels[-1] * x.element_size())
+        budget = int(images * pixels * self.config.channels[-1] * x.element_size()) if on_cpu else 0
         done, statistics = 0, None
         for index, (part, macs) in enumerate(parts):
             if isinstance(part, DecoderBlock):
                 x, statistics = apply_block(
                     part,
                     x,
-                    memory=max(0, budget - x.numel() * x.element_size()),
+                    memory=max(0, budget - x.numel() * x.element_size()) if on_cpu or low_memory else None,
                     next_norm=norm if index + 1 == len(parts) else None,
                     progress=_share_of(progress, done, macs, total),
                 )

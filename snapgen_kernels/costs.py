@@ -9,17 +9,18 @@ kernel      bytes                                      FLOPs                   s
 ==========  =========================================  ======================  =====================================
 moments     P C e, only where nobody has them yet      4 P C                   0
 merge       8 C per tile of 128 pixels                 0                       0
-depthwise   P C e + Q C e                              18 Q C + 6 E            s E
+depthwise   P C e + Q C e                              18 Q C + 6 E, or after  s E
+                                                       nearest 2x 8 Q C + 6 E
 product     Q C e + C O e + Q O e, + Q O e (residual)  2 Q C O                 0
 fused       P C e + C O e + Q O e, + Q O e (residual)  2 Q C O + 18 n Q C + 6  s E
                                                        E
 ==========  =========================================  ======================  =====================================
 
 E is how often a normalised input is evaluated, s what one SiLU takes: one tanh for 2-byte elements, else an exponential
-and a reciprocal. ``depthwise`` scans 16 rows of four columns: E = Q C (16 + 2) / 16 (4 + 2) / 4; with stride 2 or
-nearest 2x it takes nine taps: E = 9 Q C. ``fused`` feeds the product from nine taps: E = 9 n Q C, n blocks of 256
-outputs. Without a norm E is 0. A product whose output is normalised next also writes its partial statistics, 8 O bytes
-per tile; a shortcut adds its own product.
+and a reciprocal. ``depthwise`` scans 16 rows of four columns: E = Q C (16 + 2) / 16 (4 + 2) / 4; for nearest 2x, 16
+rows of two columns of x: E = P C (16 + 2) / 16 (2 + 2) / 2; with stride 2 it takes nine taps: E = 9 Q C. ``fused``
+feeds the product from nine taps: E = 9 n Q C, n blocks of 256 outputs. Without a norm E is 0. A product whose output is
+normalised next also writes its partial statistics, 8 O bytes per tile; a shortcut adds its own product.
 
 Backward: ``depthwise`` once more, ``weight gradient`` (Q O e + Q C e, and fp32 partials that ``sum of partials`` adds
 up), ``product of dy`` (Q O e + C O e + Q C e), ``depthwise backward`` (Q C e + 2 P C e, E = P C), ``norm gradient``
@@ -31,8 +32,8 @@ A blocked plan works through a few samples at a time, so that what is read soon 
 input of a norm) stays in the L2 cache; its bytes then cost the cache's rate. Blocks so short that launching them takes
 longer are not planned.
 
-Instructions decide too where they outnumber bytes: the machine code of ``depthwise`` has 20 for each value of its scan,
-that of ``fused`` 8 for each of its taps.
+Instructions decide too where they outnumber bytes: the machine code of ``depthwise`` has 20 for each value of its scan
+and 9 after nearest 2x, that of ``fused`` 8 for each of its taps.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ FORMS = ("split", "blocked", "fused")
 
 _TILE = 128  # pixels whose partial statistics a program writes
 _HALO = (16 + 2) / 16 * (4 + 2) / 4  # inputs over outputs of what a thread of `depthwise` scans
+_HALO_UP = (16 + 2) / 16 * (2 + 2) / 2  # over pixels of the small image, for nearest 2x
 _OUTPUTS = 256  # channels out that a program of `fused` computes
-_SCANNED, _TAP = 20, 8  # instructions for a value of `depthwise`, and for a tap of `fused`
+# Instructions for a value of `depthwise`, for one after nearest 2x, and for a tap of `fused`.
+_SCANNED, _SPREAD, _TAP = 20, 9, 8
 _SHORTEST = 50e-6  # seconds of a block: a CPU takes about as long to launch one
 _EVALUATION = 6  # FLOPs of norm and SiLU besides the special functions
 _PROCESSORS = 132  # over which a weight gradient is split
@@ -149,9 +152,11 @@ class Half(NamedTuple):
 
     def evaluations(self) -> int:
         """How often ``depthwise`` evaluates a normalised input."""
-        outputs = self.pixels_out * self.channels
-        scans = self.stride == 1 and not self.upsample
-        return int(outputs * (_HALO if scans else 9)) if self.norm else 0
+        if not self.norm:
+            return 0
+        if self.stride == 1 and self.upsample:
+            return int(self.pixels_in * self.channels * _HALO_UP)
+        return int(self.pixels_out * self.channels * (_HALO if self.stride == 1 else 9))
 
 
 def samples_in_cache(batch: int, moved: int, rates: Rates = H200) -> int:
@@ -310,14 +315,15 @@ def _partials(pixels: int, channels: int) -> int:
 
 def _depthwise(half: Half, stays: bool) -> Kernel:
     evaluations = half.evaluations()
-    moved = half.pixels_in * half.channels * half.itemsize
+    moved, values = half.pixels_in * half.channels * half.itemsize, half.pixels_out * half.channels
+    spreads = half.upsample and half.stride == 1
     return Kernel(
         "depthwise",
         moved + (0 if stays else half.scratch),
         cached=half.scratch if stays else 0,
-        vector=18 * half.pixels_out * half.channels + _EVALUATION * evaluations,
+        vector=(8 if spreads else 18) * values + _EVALUATION * evaluations,
         special=_silu(half.itemsize) * evaluations,
-        instructions=_SCANNED * half.pixels_out * half.channels,
+        instructions=(_SPREAD if spreads else _SCANNED) * values,
     )
 
 

@@ -8,8 +8,8 @@ DW1 and DW2 are depthwise 3x3 with bias, PW1 and PW2 pointwise without. Norm sta
 accumulate in fp32 and round to the dtype of x.
 
 GroupNorm's statistics split the block into two sweeps over the image, and the middle image DW2(...) either waits in
-memory for the second sweep or is computed twice (``low_memory``). Kept for the backward: the middle image, where
-``keep_middle`` asks for it (else an empty tensor), and the norm's mean and rstd, [B, G].
+memory for the second sweep or is computed twice, in bands of rows (``low_memory``). Kept for the backward: the middle
+image, where ``keep_middle`` asks for it (else an empty tensor), and the norm's mean and rstd, [B, G].
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snapgen_kernels import _backend
-from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, dtype_seen, register
+from snapgen_kernels._library import CostCase, check_groups, check_image, check_shape, register
 from snapgen_kernels.group_norm_silu import group_norm_silu, new_statistics, statistics
 from snapgen_kernels.group_norm_silu import reference as group_norm_silu_reference
-from snapgen_kernels.sepconv import check_separable, new_image
+from snapgen_kernels.sepconv import check_separable, new_image, unsupported_dtypes, unsupported_layout
 
 NAME = "decoder_block"
 
@@ -158,19 +158,28 @@ def _cpu_backward(*args: Any) -> tuple[Tensor, ...]:
     return kernels.backward(*args)
 
 
+def _cuda(*args: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._triton import decoder_block as kernels
+
+    return kernels.forward(*args)
+
+
+def _cuda_backward(*args: Any) -> tuple[Tensor, ...]:
+    from snapgen_kernels._triton import decoder_block_backward as kernels
+
+    return kernels.backward(*args)
+
+
 _WEIGHTS = Weights._fields
 
 
 def _unsupported(x: Tensor, weights: Sequence[Tensor]) -> str | None:
     """None if a fused kernel takes this call, else the reason."""
-    dtype = dtype_seen(x)
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"x has dtype {dtype}; the kernels take float32 and bfloat16"
-    for name, weight in zip(_WEIGHTS, weights, strict=True):
-        given = weight.dtype if name.startswith("norm") else dtype_seen(weight)
-        if given != dtype and not (name.startswith("norm") and given == torch.float32):
-            return f"{name} has dtype {given}; expected that of x, {dtype}"
-    return None
+    named = Weights(*weights)
+    if named.pw1_weight.shape[0] == 0:
+        return "pw1_weight has no outputs"
+    like_x = [pair for pair in zip(_WEIGHTS, named, strict=True) if not pair[0].startswith("norm")]
+    return unsupported_dtypes(x, like_x, (("norm_weight", named.norm_weight), ("norm_bias", named.norm_bias)))
 
 
 def _call_unsupported(*args: Any) -> str | None:
@@ -187,9 +196,11 @@ OP = register(
     differentiable=("x", *_WEIGHTS),
     reference=_reference_with_saved,
     fake=_fake,
-    kernels=("cpu",),
+    kernels=("cpu", "cuda"),
     cpu=_cpu,
     cpu_backward=_cpu_backward,
+    cuda=_cuda,
+    cuda_backward=_cuda_backward,
     unsupported=_call_unsupported,
     cast=("x", "dw1_weight", "dw1_bias", "pw1_weight", "dw2_weight", "dw2_bias", "pw2_weight"),
 )
@@ -239,7 +250,7 @@ def decoder_block(
     for name, tensor in (("dw2_bias", dw2_bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         check_shape(NAME, name, tensor, (middle,), x)
     weights = Weights(dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
-    if _backend.select(NAME, x.device.type, _unsupported(x, weights)):
+    if _backend.select(NAME, x.device.type, _unsupported(x, weights) or unsupported_layout(x)):
         trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
         keep_middle = trained and not low_memory
         return torch.ops.snapgen.decoder_block(x, *weights, num_groups, eps, low_memory, keep_middle)[0]

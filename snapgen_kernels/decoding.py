@@ -1,6 +1,7 @@
 """What a decoder's inference adds to its ops: blocks that write over their input, and its last layer.
 
-Both functions compute without gradients and follow the mode of :func:`snapgen_kernels.use` as ops do.
+Both functions compute without gradients and follow the mode of :func:`snapgen_kernels.use` as ops do. Their own kernels
+are the CPU's; elsewhere the first is the block's op, and the second a convolution after :func:`group_norm_silu`.
 
 Formula of :func:`norm_silu_conv`, for x [B, C, H, W] and few outputs::
 
@@ -47,8 +48,9 @@ def _unsupported(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> str | N
 
 
 def runs_in_place(x: Tensor) -> bool:
-    """True where :func:`apply_block` is a kernel and may be used: no gradient is recorded and nothing is traced."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _backend.is_reference():
+    """True where :func:`apply_block` is a kernel of its own, on a CPU, and may be used: no gradient is recorded and
+    nothing is traced."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or _backend.is_reference():
         return False
     return _backend.missing_kernel("decoder_block", x.device.type) is None
 
@@ -79,7 +81,8 @@ def norm_silu_conv(
     check_shape(NAME, "norm.bias", norm.bias, (channels,), x)
     check_shape(NAME, "weight", weight, (weight.shape[0], channels, 3, 3), x)
     check_shape(NAME, "bias", bias, (weight.shape[0],), x)
-    if _backend.select("decoder_block", x.device.type, _unsupported(x, norm, weight, bias)):
+    on_cpu = x.device.type == "cpu"
+    if on_cpu and _backend.select("decoder_block", x.device.type, _unsupported(x, norm, weight, bias)):
         from snapgen_kernels._cpu import decoder_block as kernels
 
         return kernels.norm_conv(x, norm, weight, bias, statistics)
@@ -98,13 +101,17 @@ def apply_block(
     """``block(x)`` without gradients, in x's own memory where the kernel can: x must not be used again.
 
     Args:
-        memory: bytes that the call may take beside x. Less than the middle image needs: that is computed twice.
+        memory: bytes that the call may take beside x, None: any. Less than the middle image needs: that is computed
+            twice.
         next_norm: a norm that follows on y.
         progress: called with the share of the work that is done.
 
     Returns:
         y, and mean and rstd of y's groups if ``next_norm`` is given and the kernel had them at hand.
     """
+    if x.device.type != "cpu":
+        middle = x[:, :1].numel() * block.depthwise2.out_channels * x.element_size()
+        return block(x, low_memory=memory is not None and memory < middle), None
     if _backend.select("decoder_block", x.device.type, _block_unsupported(x, block.weights())):
         from snapgen_kernels._cpu import decoder_block as kernels
 

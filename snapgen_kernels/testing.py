@@ -467,6 +467,7 @@ _BENCH: dict[str, dict[str, dict[str, int]]] = {
     | {
         "down-256": _sizes(B=1, C=256, H=128, W=128, O=512, stride=2),
         "up-512": _sizes(B=1, C=512, H=64, W=64, O=512, upsample=1),
+        "up-128-512": _sizes(B=1, C=128, H=512, W=512, O=128, upsample=1),
     },
     "resblock": {f"{c}ch-{s}": _sizes(B=1, C=c, M=2 * c, O=c, H=s, W=s, G=32) for c, s in _STAGES},
     "qk_norm_rope": {

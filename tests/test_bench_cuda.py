@@ -17,7 +17,7 @@ from bench.providers.compiled import Compiled, release
 from bench.providers.eager import drawn
 from bench.results import Row, read
 from bench.timing import Clock, Untimed, interleaved, kept_bytes
-from snapgen_kernels import _backend, checks, costs
+from snapgen_kernels import _backend, checks, costs, decoder_costs
 from snapgen_kernels.testing import small_cases
 from tests.bench_runs import TINY, run
 
@@ -289,6 +289,27 @@ def test_the_suite_of_the_residual_block_is_what_has_goals() -> None:
         assert f"{1e6 * sums:.1f}" in text
     assert cases.named(("resblock",), "cpu") == (("resblock",), None), "on a CPU it is the op"
     assert cases.named(("sepconv", "resblock"), "cuda") == (("sepconv", "resblock"), None)
+
+
+def test_the_suite_of_the_decoder_shows_what_each_of_its_kernels_moves() -> None:
+    code, text = run("--device", "cuda", "--suite", "decoder_block", "--dry-run")
+    assert code == 0, text
+    ops, subset = cases.named(("decoder_block",), "cuda")
+    chosen = cases.select("cuda", ops, ("bf16",), quick=False, small=False, subset=subset)
+    names = {op: [case.name for case in chosen if case.op == op] for op in ops}
+    assert names["decoder_block"] == ["128ch-1024", "128ch-512", "160ch-128"]
+    assert names["sepconv"] == ["up-128-512", "up-128-512-b8"]
+    for case in (case for case in chosen if case.op == "decoder_block"):
+        below = text[text.index(f"{case.op} {case.name} bf16 ") :]
+        low = decoder_costs.kernels(case.op, case.dims, 2, "fwd", "low memory")
+        forms = decoder_costs.FORMS if len(low) > 5 else decoder_costs.FORMS[:1]
+        for mode, form in [*(("fwd", form) for form in forms), ("bwd", "whole")]:
+            found = decoder_costs.kernels(case.op, case.dims, 2, mode, form)
+            total = f"{1e6 * costs.total(found, costs.H200):.1f}"
+            lines = [line.split() for line in below.splitlines() if line.startswith(f" {mode} ")]
+            sums = [line for line in lines if line[1:-1][: len(form.split()) + 1] == [*form.split(), "all"]]
+            assert sums[0][-1] == total, (case.name, mode, form)
+    assert cases.named(("decoder_block",), "cpu") == (("decoder_block",), None), "on a CPU it is the op"
 
 
 def measured(provider: str, ms: float, peak: int = -1, **changes: Any) -> Row:

@@ -13,7 +13,7 @@ from snapgen import info
 from snapgen.config import LADDER, PRESETS, get_preset
 from snapgen.decoder import TinyDecoder, TinyEncoder
 from snapgen.unet import SnapGenUNet
-from snapgen_kernels import checks
+from snapgen_kernels import DecoderBlock, checks
 from snapgen_kernels._backend import missing_kernel
 
 SMALL = dict(PRESETS["tiny"].denoiser, channels=(32, 64), num_heads=(1, 2), context_dim=24, pooled_dim=20, temb_dim=32)
@@ -120,6 +120,27 @@ def test_decode_holds_little_where_malloc_gives_pages_back(tuned, monkeypatch):
     peaks = {low: peak_bytes([lambda: decoder.decode(latents, low_memory=low)], "cpu") for low in (None, True, False)}  # noqa: B023
     assert peaks[True] < peaks[False]
     assert peaks[None] == peaks[not tuned]
+
+
+@pytest.mark.parametrize("low_memory", [None, False, True])
+def test_decode_elsewhere_than_on_a_cpu_is_the_ops(low_memory, monkeypatch):
+    """Where nothing is computed: neither the CPU's kernels nor its malloc has a say."""
+    calls: list[bool] = []
+
+    def forward(block: DecoderBlock, x: torch.Tensor, *, low_memory: bool = False) -> torch.Tensor:
+        calls.append(low_memory)
+        return plain(block, x, low_memory=low_memory)
+
+    plain = DecoderBlock.forward
+    monkeypatch.setattr(DecoderBlock, "forward", forward)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)  # malloc gives pages back at once
+    decoder = small_decoder().to("meta")
+    drawn = decoder.decode(torch.empty(2, 4, 3, 5, device="meta"), low_memory=low_memory)
+    assert drawn.shape == (2, 3, 12, 20) and calls == [bool(low_memory)] * 4
+    with torch.no_grad():
+        assert decoder(torch.empty(2, 4, 3, 5, device="meta")).shape == drawn.shape
+    assert calls == [bool(low_memory)] * 4 + [False] * 4
 
 
 def test_ladder_follows_the_published_changes():

@@ -1,8 +1,9 @@
 """The depthwise 3x3 convolution on the GPU, with the norm and SiLU in front of it.
 
 :func:`depthwise_kernel` scans rows: a value is loaded and normalised once for each group of four columns that it
-reaches (1.5 times), and added to three output rows that stay in registers. :func:`direct_kernel` takes nine taps a
-pixel and serves what has stride 2 or nearest 2x.
+reaches (1.5 times), and added to three output rows that stay in registers. It can leave the moments of what it
+computes, and can leave it at them. ``upsample.py`` serves nearest 2x, and :func:`direct_kernel`, which takes nine taps
+a pixel, what has stride 2.
 """
 
 from __future__ import annotations
@@ -16,21 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from snapgen_kernels._triton import common, tuning
-from snapgen_kernels._triton.common import Build, silu, silu_of_half
+from snapgen_kernels._triton.common import Build
+from snapgen_kernels._triton.normalise import Affine, affine, inside, norm_arguments, norm_flags, normalised
+from snapgen_kernels._triton.upsample import upsample as upsampled
 from snapgen_kernels.sepconv import output_size
-
-
-class Affine(NamedTuple):
-    """The norm in front of the convolution, its statistics known: ``mean`` and ``rstd`` [B, G], both fp32."""
-
-    mean: Tensor
-    rstd: Tensor
-    weight: Tensor
-    bias: Tensor
-    num_groups: int
-
-    def samples(self, first: int, last: int) -> Affine:
-        return self._replace(mean=self.mean[first:last], rstd=self.rstd[first:last])
 
 
 class DepthwiseConfig(NamedTuple):
@@ -44,6 +34,23 @@ class DepthwiseConfig(NamedTuple):
     maxnreg: int
 
 
+class Rows(NamedTuple):
+    """Rows ``first`` to ``last`` of the output; x may itself be a part of an image, with ``above`` rows above it."""
+
+    first: int
+    last: int
+    above: int = 0
+
+
+class Tiles(NamedTuple):
+    """Mean and sum of squared deviations of each channel in each tile of ``rows`` by ``columns`` pixels, row by row of
+    tiles: ``part`` [2, B, tiles, C] in fp32."""
+
+    part: Tensor
+    rows: int
+    columns: int
+
+
 class DirectConfig(NamedTuple):
     """A program computes ``block_p`` pixels by ``block_c`` channels, nine taps each."""
 
@@ -53,32 +60,6 @@ class DirectConfig(NamedTuple):
 
 
 # ---- device functions ------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def affine(p_mean, p_rstd, p_gamma, p_beta, i_b, G, CG, b_c, m_c, HAS_NORM: tl.constexpr, FAST: tl.constexpr):
-    """Scale and offset that normalise channels ``b_c`` of sample ``i_b``, each [1, channels]; halved where FAST."""
-    b_scale = tl.zeros(b_c.shape, tl.float32)
-    b_offset = tl.zeros(b_c.shape, tl.float32)
-    if HAS_NORM:
-        i_g = i_b * G + b_c // CG
-        b_scale = tl.load(p_gamma + b_c, mask=m_c, other=0.0).to(tl.float32)
-        b_scale *= tl.load(p_rstd + i_g, mask=m_c, other=0.0)
-        b_offset = tl.load(p_beta + b_c, mask=m_c, other=0.0).to(tl.float32)
-        b_offset -= tl.load(p_mean + i_g, mask=m_c, other=0.0) * b_scale
-        if FAST:
-            b_scale, b_offset = 0.5 * b_scale, 0.5 * b_offset
-    return b_scale[None, :], b_offset[None, :]
-
-
-@triton.jit
-def normalised(b_x, b_scale, b_offset, HAS_NORM: tl.constexpr, FAST: tl.constexpr):
-    """SiLU of the normalised values; 0 where scale and offset are."""
-    b_a = b_x.to(tl.float32)
-    if HAS_NORM:
-        b_a = b_a * b_scale + b_offset
-        b_a = silu_of_half(b_a) if FAST else silu(b_a, False)
-    return b_a
 
 
 @triton.jit
@@ -136,12 +117,6 @@ def nine_taps(
 
 
 @triton.jit
-def inside(b_a, m, NEEDED: tl.constexpr):
-    """0 outside the image, where a load's zeros were normalised."""
-    return tl.where(m, b_a, 0.0) if NEEDED else b_a
-
-
-@triton.jit
 def six_columns(p_x, C, m_0, m_1, m_2, m_3, m_4, m_5, there):
     """One row: the column left of the four, the four, the column right of them."""
     return (
@@ -157,7 +132,7 @@ def six_columns(p_x, C, m_0, m_1, m_2, m_3, m_4, m_5, there):
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["H", "W", "G", "CG"])
+@triton.jit(do_not_specialize=["H", "W", "first", "last", "tile", "tiles", "G", "CG"])
 def depthwise_kernel(
     p_x,
     p_y,
@@ -167,8 +142,14 @@ def depthwise_kernel(
     p_rstd,
     p_gamma,
     p_beta,
+    p_part,
+    p_part_m2,
     H,
     W,
+    first,
+    last,
+    tile,
+    tiles,
     C,
     G,
     CG,
@@ -180,12 +161,15 @@ def depthwise_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Stride 1. Grid: B * cdiv(H, ROWS) * cdiv(W, 4 BLOCK_W) * cdiv(C, BLOCK_C), walked backwards.
+    """Stride 1: y [last - first rows], and unless p_part is None, the moments of each channel of each tile of ROWS by
+    4 BLOCK_W pixels of it as it is rounded, from tile number ``tile`` of ``tiles`` on. p_y: None where they are all
+    that is wanted. Grid: B * cdiv(last - first, ROWS) * cdiv(W, 4 BLOCK_W) * cdiv(C, BLOCK_C), walked backwards.
 
     A thread keeps four columns side by side, so that a value is normalised for 1.5 of them on average, not for its nine
     neighbours; it is added to the three output rows that are open.
     """
-    blocks_c, blocks_w, blocks_h = tl.cdiv(C, BLOCK_C), tl.cdiv(W, 4 * BLOCK_W), tl.cdiv(H, ROWS)
+    MOMENTS: tl.constexpr = p_part is not None
+    blocks_c, blocks_w, blocks_h = tl.cdiv(C, BLOCK_C), tl.cdiv(W, 4 * BLOCK_W), tl.cdiv(last - first, ROWS)
     i_program = tl.num_programs(0) - 1 - tl.program_id(0)
     i_c, i_rest = i_program % blocks_c, i_program // blocks_c
     i_w, i_rest = i_rest % blocks_w, i_rest // blocks_w
@@ -212,10 +196,11 @@ def depthwise_kernel(
     m_4 = (b_col + 3 < W)[:, None] & m_c[None, :]
     m_5 = (b_col + 4 < W)[:, None] & m_c[None, :]
     b_at = b_col[:, None] * C + b_c[None, :]
-    i_row = i_h * ROWS
+    i_row = first + i_h * ROWS
     s_row = W * C
     p_x += (i_b.to(tl.int64) * H + i_row - 1) * s_row + b_at
-    p_y += (i_b.to(tl.int64) * H + i_row - 2) * s_row + b_at
+    if p_y is not None:
+        p_y += (i_b.to(tl.int64) * (last - first) + i_h * ROWS - 2) * s_row + b_at
 
     b_bias = tl.zeros([1, BLOCK_C], tl.float32)
     if HAS_BIAS:
@@ -224,6 +209,10 @@ def depthwise_kernel(
     b_none = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
     b_u0, b_u1, b_u2, b_u3 = b_none, b_none, b_none, b_none
     b_v0, b_v1, b_v2, b_v3 = b_none, b_none, b_none, b_none
+    # Moments of what each thread has computed: of ``rows`` rows of ``b_count`` columns each.
+    rows, b_mean, b_m2 = 0.0, b_none, b_none
+    b_count = tl.minimum(tl.maximum(W - b_col, 0), 4).to(tl.float32)[:, None]
+    b_share = 1.0 / tl.maximum(b_count, 1.0)
     there = i_row > 0
     b_x0, b_x1, b_x2, b_x3, b_x4, b_x5 = six_columns(p_x, C, m_0, m_1, m_2, m_3, m_4, m_5, there)
     for i in range(ROWS + 2):
@@ -245,12 +234,29 @@ def depthwise_kernel(
         b_u3 = b_u3 + b_x3 * b_w20 + b_x4 * b_w21 + b_x5 * b_w22
         if HAS_BIAS:
             b_u0, b_u1, b_u2, b_u3 = b_u0 + b_bias, b_u1 + b_bias, b_u2 + b_bias, b_u3 + b_bias
-        done = (i >= 2) & (i_row + i - 2 < H)
-        tl.store(p_y, b_u0.to(p_y.dtype.element_ty), mask=m_1 & done)
-        tl.store(p_y + C, b_u1.to(p_y.dtype.element_ty), mask=m_2 & done)
-        tl.store(p_y + 2 * C, b_u2.to(p_y.dtype.element_ty), mask=m_3 & done)
-        tl.store(p_y + 3 * C, b_u3.to(p_y.dtype.element_ty), mask=m_4 & done)
-        p_y += s_row
+        done = (i >= 2) & (i_row + i - 2 < last)
+        b_y0, b_y1 = b_u0.to(p_x.dtype.element_ty), b_u1.to(p_x.dtype.element_ty)
+        b_y2, b_y3 = b_u2.to(p_x.dtype.element_ty), b_u3.to(p_x.dtype.element_ty)
+        if p_y is not None:
+            tl.store(p_y, b_y0, mask=m_1 & done)
+            tl.store(p_y + C, b_y1, mask=m_2 & done)
+            tl.store(p_y + 2 * C, b_y2, mask=m_3 & done)
+            tl.store(p_y + 3 * C, b_y3, mask=m_4 & done)
+            p_y += s_row
+        if MOMENTS:
+            # Those of the four columns, merged (Chan) with those of the rows above.
+            b_r0, b_r1 = b_y0.to(tl.float32), inside(b_y1.to(tl.float32), m_2, not EVEN)
+            b_r2, b_r3 = inside(b_y2.to(tl.float32), m_3, not EVEN), inside(b_y3.to(tl.float32), m_4, not EVEN)
+            b_center = (b_r0 + b_r1 + b_r2 + b_r3) * (0.25 if EVEN else b_share)
+            b_r0, b_r1 = b_r0 - b_center, inside(b_r1 - b_center, m_2, not EVEN)
+            b_r2, b_r3 = inside(b_r2 - b_center, m_3, not EVEN), inside(b_r3 - b_center, m_4, not EVEN)
+            b_square = b_r0 * b_r0 + b_r1 * b_r1 + b_r2 * b_r2 + b_r3 * b_r3
+            b_delta = b_center - b_mean
+            share = 1.0 / (rows + 1.0)
+            b_square += b_delta * b_delta * (rows * share * (4.0 if EVEN else b_count))
+            b_mean = tl.where(done, b_mean + b_delta * share, b_mean)
+            b_m2 = tl.where(done, b_m2 + b_square, b_m2)
+            rows = tl.where(done, rows + 1.0, rows)
         b_u0 = b_v0 + b_x0 * b_w10 + b_x1 * b_w11 + b_x2 * b_w12
         b_u1 = b_v1 + b_x1 * b_w10 + b_x2 * b_w11 + b_x3 * b_w12
         b_u2 = b_v2 + b_x2 * b_w10 + b_x3 * b_w11 + b_x4 * b_w12
@@ -261,6 +267,14 @@ def depthwise_kernel(
         b_v3 = b_x3 * b_w00 + b_x4 * b_w01 + b_x5 * b_w02
         b_x0, b_x1, b_x2, b_x3, b_x4, b_x5 = b_n0, b_n1, b_n2, b_n3, b_n4, b_n5
         there = coming
+    if MOMENTS:
+        # The threads' moments merged: columns beyond the edge count nothing.
+        b_n = b_count * rows
+        b_center = tl.sum(tl.where(m_1, b_mean * b_n, 0.0), 0) / tl.sum(b_n)
+        b_off = b_mean - b_center[None, :]
+        i_part = (i_b.to(tl.int64) * tiles + tile + i_h * blocks_w + i_w) * C + b_c
+        tl.store(p_part + i_part, b_center, mask=m_c)
+        tl.store(p_part_m2 + i_part, tl.sum(tl.where(m_1, b_m2 + b_off * b_off * b_n, 0.0), 0), mask=m_c)
 
 
 @triton.jit(do_not_specialize=["H", "W", "HO", "WO", "G", "CG"])
@@ -288,7 +302,7 @@ def direct_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Any stride, nearest 2x. Grid: B * cdiv(HO WO, BLOCK_P) * cdiv(C, BLOCK_C), walked backwards."""
+    """Stride 2, also after nearest 2x. Grid: B * cdiv(HO WO, BLOCK_P) * cdiv(C, BLOCK_C), walked backwards."""
     P = HO * WO
     blocks_c, blocks_p = tl.cdiv(C, BLOCK_C), tl.cdiv(P, BLOCK_P)
     i_program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -334,13 +348,19 @@ def depthwise_configs(dtype: torch.dtype, nvidia: bool, even: bool) -> tuple[Dep
     return tuple(dict.fromkeys(c for c in found if (even and quick) or c.block_w * c.block_c <= 128 * c.num_warps))
 
 
+def moments_configs(dtype: torch.dtype, nvidia: bool, even: bool) -> tuple[DepthwiseConfig, ...]:
+    """Candidates of scans that leave moments: those of the rule; few registers for whole groups of columns alone."""
+    configs = depthwise_configs(dtype, nvidia, even)[:4]
+    return configs if even else tuple(config._replace(maxnreg=0) for config in configs)
+
+
 def direct_configs(dtype: torch.dtype) -> tuple[DirectConfig, ...]:
     """Candidates: up to sixteen 16-bit or eight 32-bit values a thread."""
     wide = dtype == torch.float32
     return tuple(c for c in DIRECT_CONFIGS if not wide or c.block_p * c.block_c <= 256 * c.num_warps)
 
 
-def _scanning(
+def scanning(
     configs: Sequence[DepthwiseConfig], batch: int, channels: int, height: int, width: int, processors: int
 ) -> DepthwiseConfig:
     """The first that gives every multiprocessor the four programs that it can run at once, else the smallest."""
@@ -351,20 +371,44 @@ def _scanning(
     return configs[3]
 
 
-def norm_flags(norm: Affine | None, dtype: torch.dtype) -> dict[str, bool]:
-    return {"HAS_NORM": norm is not None, "FAST": norm is not None and common.fast(dtype)}
-
-
-def norm_arguments(norm: Affine | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
-    """Pointers of the norm, G and C/G; anything where there is none."""
-    if norm is None:
-        return x, x, x, x, 1, 1
-    return norm.mean, norm.rstd, norm.weight, norm.bias, norm.num_groups, x.shape[1] // norm.num_groups
-
-
 def by_tap(dw_weight: Tensor) -> Tensor:
     """[C, 1, 3, 3] -> [9, C], contiguous: a tap's weights of neighbouring channels are read at once."""
     return dw_weight.reshape(-1, 9).t().contiguous()
+
+
+def new_tiles(x: Tensor, channels: int, height: int, config: DepthwiseConfig) -> Tiles:
+    """Uninitialised moments of so many channels and rows, with the samples and the width of ``x``."""
+    columns = 4 * config.block_w
+    count = common.cdiv(height, config.rows) * common.cdiv(x.shape[3], columns)
+    part = torch.empty((2, x.shape[0], count, channels), dtype=torch.float32, device=x.device)
+    return Tiles(part, config.rows, columns)
+
+
+def launch_scan(
+    x: Tensor,
+    taps: Tensor,
+    dw_bias: Tensor | None,
+    norm: Affine | None,
+    rows: Rows,
+    y: Tensor | None,
+    tiles: Tiles | None,
+    config: DepthwiseConfig,
+) -> None:
+    """These rows of the convolution of stride 1 into ``y``, and into ``tiles`` their moments: in the place that the
+    rows have in the image, so that ``rows.above + rows.first`` is a multiple of the config's rows."""
+    batch, channels, height, width = x.shape
+    block_w, block_c, lines, warps, registers = config
+    limit = {"maxnreg": registers} if registers else {}
+    across = common.cdiv(width, 4 * block_w)
+    part, part_m2, count = (None, None, 0) if tiles is None else (*tiles.part, tiles.part.shape[2])
+    *pointers, groups, per_group = norm_arguments(norm, x)
+    grid = batch * common.cdiv(rows.last - rows.first, lines) * across * common.cdiv(channels, block_c)
+    depthwise_kernel[(grid,)](
+        x, y, taps, x if dw_bias is None else dw_bias, *pointers, part, part_m2, height, width, rows.first, rows.last,
+        (rows.above + rows.first) // lines * across, count, channels, groups, per_group,
+        HAS_BIAS=dw_bias is not None, **norm_flags(norm, x.dtype), EVEN=width % 4 == 0,
+        ROWS=lines, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=warps, **limit,
+    )  # fmt: skip
 
 
 def depthwise(
@@ -375,43 +419,42 @@ def depthwise(
     stride: int,
     upsample: bool,
     out: Tensor | None = None,
+    rows: Rows | None = None,
 ) -> Tensor:
     """DW(SiLU(norm(x))) of x [B, C, H, W] channels_last -> [B, C, H', W'] channels_last, rounded to its dtype.
 
-    ``taps``: the weight, :func:`by_tap`.
+    ``taps``: the weight, :func:`by_tap`. ``rows``: some of the output alone, for stride 1.
     """
     batch, channels, height, width = x.shape
     size = output_size(height, width, stride, upsample)
+    if rows is not None:
+        size = (rows.last - rows.first, width)
     y = common.new_channels_last(x, batch, channels, *size) if out is None else out
-    flags = {**norm_flags(norm, x.dtype), "HAS_BIAS": dw_bias is not None}
-    *pointers, groups, per_group = norm_arguments(norm, x)
-    tensors = (x, y, taps, x if dw_bias is None else dw_bias, *pointers)
-    key = (str(x.dtype), batch, channels, height, width, stride, upsample, norm is not None, dw_bias is not None)
-
-    def scan(config: DepthwiseConfig) -> None:
-        block_w, block_c, rows, warps, registers = config
-        limit = {"maxnreg": registers} if registers else {}
-        grid = batch * common.cdiv(height, rows) * common.cdiv(width, 4 * block_w) * common.cdiv(channels, block_c)
-        depthwise_kernel[(grid,)](
-            *tensors, height, width, channels, groups, per_group,
-            ROWS=rows, EVEN=width % 4 == 0, BLOCK_W=block_w, BLOCK_C=block_c, num_warps=warps, **flags, **limit,
-        )  # fmt: skip
 
     def direct(config: DirectConfig) -> None:
         block_p, block_c, warps = config
+        *pointers, groups, per_group = norm_arguments(norm, x)
         grid = batch * common.cdiv(size[0] * size[1], block_p) * common.cdiv(channels, block_c)
         direct_kernel[(grid,)](
-            *tensors, height, width, *size, channels, groups, per_group,
-            STRIDE=stride, UPSAMPLE=upsample, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps, **flags,
+            x, y, taps, x if dw_bias is None else dw_bias, *pointers, height, width, *size, channels, groups, per_group,
+            STRIDE=stride, UPSAMPLE=upsample, HAS_BIAS=dw_bias is not None, **norm_flags(norm, x.dtype),
+            BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
         )  # fmt: skip
 
-    if stride == 1 and not upsample:
-        configs = depthwise_configs(x.dtype, torch.version.hip is None, width % 4 == 0)
-        default = _scanning(configs, batch, channels, height, width, common.processors(x))
-        scan(tuning.choose("depthwise", key, configs, default, scan))
-    else:
+    key: tuple[int | str, ...] = (str(x.dtype), batch, channels, *size, norm is not None, dw_bias is not None)
+    if stride == 2:
         tiles = direct_configs(x.dtype)
-        direct(tuning.choose("direct", key, tiles, tiles[0], direct))
+        direct(tuning.choose("direct", (*key, height, width), tiles, tiles[0], direct))
+    elif upsample:
+        upsampled(x, taps, dw_bias, norm, y)
+    else:
+
+        def scan(config: DepthwiseConfig) -> None:
+            launch_scan(x, taps, dw_bias, norm, rows or Rows(0, height), y, None, config)
+
+        configs = depthwise_configs(x.dtype, torch.version.hip is None, width % 4 == 0)
+        default = scanning(configs, batch, channels, *size, common.processors(x))
+        scan(tuning.choose("depthwise", key, configs, default, scan))
     return y
 
 
@@ -425,10 +468,18 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
         for even in (True, False):
             for scan in depthwise_configs(dtype, nvidia, even):
                 vector = scan.block_w * scan.block_c // (32 * scan.num_warps) * dtype.itemsize
-                added = {**flags, "EVEN": even, "vector": vector}
+                added = {**flags, "EVEN": even, "vector": vector, "p_part": None, "p_part_m2": None}
                 found.append(common.build(depthwise_kernel, dtype, images, scan, ("C",), **added))
         for direct in direct_configs(dtype):
-            for stride in (1, 2):
-                shape: dict[str, Any] = {**flags, "STRIDE": stride, "UPSAMPLE": stride == 1}
+            for upsample in (False, True):
+                shape: dict[str, Any] = {**flags, "STRIDE": 2, "UPSAMPLE": upsample}
                 found.append(common.build(direct_kernel, dtype, images, direct, ("C",), **shape))
+    # The decoder's block: moments beside the image, and alone.
+    flags = {"HAS_NORM": False, "HAS_BIAS": True, "FAST": False}
+    for even in (True, False):
+        for scan in moments_configs(dtype, nvidia, even):
+            vector = scan.block_w * scan.block_c // (32 * scan.num_warps) * dtype.itemsize
+            for alone in ({}, {"p_y": None}):
+                added = {**flags, **alone, "EVEN": even, "vector": vector}
+                found.append(common.build(depthwise_kernel, dtype, images, scan, ("C",), **added))
     return found

@@ -133,6 +133,7 @@ def depthwise_backward_kernel(
     p_x,
     p_dd,
     p_da,
+    p_add,
     p_weight,
     p_mean,
     p_rstd,
@@ -161,7 +162,8 @@ def depthwise_backward_kernel(
     """da, and per part (a chunk of ``rows`` rows of positions and a block of columns, of one sample) the parts of the
     gradients of the nine weights and, where BIAS, of the bias, [9 or 10, C], and the sums of dz and of dz xhat, [C].
 
-    p_dweight: None where that is not needed; p_dz and p_dzx: where there is no norm.
+    p_dweight: None where that is not needed; p_dz and p_dzx: where there is no norm. p_add: added to da as it is
+    stored, or None; only where a position is a pixel and there is no norm.
     Grid: B * chunks * cdiv(positions of a row, BLOCK_W) * cdiv(C, BLOCK_C).
     """
     PAIRS: tl.constexpr = STRIDE == 2 and not UPSAMPLE  # a position is two by two pixels of x
@@ -261,6 +263,9 @@ def depthwise_backward_kernel(
             if DOUBLE:
                 coming_after = _columns(p_dd, i_dd + 2, OH, OW, C, b_w, b_c, m_c, STRIDE, UPSAMPLE)
             b_coming = tl.load(p_x + p_row + W * C + b_off, mask=m & (i_row + 1 < H), other=0.0)
+            b_add = 0.0
+            if p_add is not None:
+                b_add = tl.load(p_add + i_b * H * W * C + p_row + b_off, mask=m, other=0.0).to(tl.float32)
             b_a, b_slope, b_centered = activation(b_x, affine, HAS_NORM, FAST)
             below = _by_tap(arrived, STRIDE, UPSAMPLE)
             if DOUBLE:
@@ -274,7 +279,7 @@ def depthwise_backward_kernel(
                 taps_0, taps_1, taps_2 = below, here, above
                 above, here = here, below
             b_da = _dot(weights_0, weights_1, weights_2, taps_0, taps_1, taps_2)
-            tl.store(p_da + p_row + b_off, b_da.to(p_da.dtype.element_ty), mask=m)
+            tl.store(p_da + p_row + b_off, (b_da + b_add).to(p_da.dtype.element_ty), mask=m)
             if WEIGHTS:
                 grads_0, grads_1 = _grown(grads_0, b_a, taps_0), _grown(grads_1, b_a, taps_1)
                 grads_2 = _grown(grads_2, b_a, taps_2)
@@ -322,9 +327,12 @@ def gradients(
     da: Tensor,
     in_weight: bool,
     in_bias: bool,
+    add: Tensor | None = None,
 ) -> Parts:
     """Fill da in one pass over x [B, C, H, W] and dd [B, C, H', W'], all channels_last; and the parts of what is
-    wanted: the gradients of weight and bias, and where there is a norm, its sums. ``weight`` is by tap, [9, C]."""
+    wanted: the gradients of weight and bias, and where there is a norm, its sums. ``weight`` is by tap, [9, C].
+    ``add``: added to da, with stride 1 and no norm."""
+    assert add is None or (norm is None and stride == 1)
     batch, channels, height, width = x.shape
     out_height, out_width = dd.shape[2:]
     rows_all, columns = (out_height, out_width) if stride == 2 and not upsample else (height, width)
@@ -343,7 +351,7 @@ def gradients(
         )
         dz, dzx = (None, None) if found.norm is None else found.norm
         depthwise_backward_kernel[(batch * chunks * blocks_w * blocks_c,)](
-            x, dd, da, weight, *pointers, found.weight, dz, dzx,
+            x, dd, da, add, weight, *pointers, found.weight, dz, dzx,
             channels, height, width, out_height, out_width, groups, channels // groups, rows, chunks,
             STRIDE=stride, UPSAMPLE=upsample, HAS_NORM=norm is not None, BIAS=in_bias,
             FAST=norm is not None and common.fast(x.dtype),
@@ -352,7 +360,7 @@ def gradients(
         return found
 
     # Not of the batch: blocks of samples, of which the last may be smaller, must have the same parts.
-    key = (str(x.dtype), *x.shape[1:], stride, upsample, norm is not None, in_weight, in_bias)
+    key = (str(x.dtype), *x.shape[1:], stride, upsample, norm is not None, in_weight, in_bias, add is not None)
     default = _narrowest(CONFIGS, columns)
     return launch(tuning.choose("depthwise_backward", key, CONFIGS, default, launch))
 
@@ -366,20 +374,25 @@ def parameters(parts: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return dweight.copy_(sums[:9].t().reshape(weight.shape)), torch.empty_like(bias).copy_(sums[9])
 
 
+_FORMS = ((1, False), (2, False), (1, True), (2, True))  # stride, and whether after nearest 2x
+
+
 def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     """The kernel in every config that the launcher may choose."""
     fast, vector = nvidia and dtype == torch.bfloat16, 4 * dtype.itemsize
-    images = ("p_x", "p_dd", "p_da", "p_weight")
+    images = ("p_x", "p_dd", "p_da", "p_add", "p_weight")
     found: list[Build] = []
+    halves = [(stride, up, norm, False) for stride, up in _FORMS for norm in (True, False)]
+    halves.append((1, False, False, True))  # the decoder's block, whose input passes beside it
     for config in CONFIGS:
-        for stride, upsample in ((1, False), (2, False), (1, True), (2, True)):
-            for norm in (True, False):
-                for wanted in ("all", "no bias", "input"):
-                    flags: dict[str, Any] = {"STRIDE": stride, "UPSAMPLE": upsample, "HAS_NORM": norm}
-                    flags |= {"BIAS": wanted == "all", "FAST": norm and fast}
-                    flags |= {"p_dweight": None} if wanted == "input" else {}
-                    flags |= {} if norm else {"p_dz": None, "p_dzx": None}
-                    found.append(
-                        common.build(depthwise_backward_kernel, dtype, images, config, ("C",), vector=vector, **flags)
-                    )
+        for stride, upsample, norm, adds in halves:
+            for wanted in ("all", "no bias", "input"):
+                flags: dict[str, Any] = {"STRIDE": stride, "UPSAMPLE": upsample, "HAS_NORM": norm}
+                flags |= {"BIAS": wanted == "all", "FAST": norm and fast}
+                flags |= {"p_dweight": None} if wanted == "input" else {}
+                flags |= {} if norm else {"p_dz": None, "p_dzx": None}
+                flags |= {} if adds else {"p_add": None}
+                found.append(
+                    common.build(depthwise_backward_kernel, dtype, images, config, ("C",), vector=vector, **flags)
+                )
     return found

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapgen_kernels import costs, token_costs
+from snapgen_kernels import costs, decoder_costs, token_costs
 from snapgen_kernels.costs import FORMS, H200, Half, Kernel, choose_plan, forward, kernels, samples_in_cache, total
 from snapgen_kernels.testing import Case, bench_cases
 
@@ -23,7 +23,7 @@ OF_TOKENS = [case for op in token_costs.OPS for case in bench_cases(op) if case.
 sizes = st.integers(1, 300)
 
 
-@pytest.mark.parametrize("module", [costs, token_costs], ids=["pictures", "tokens"])
+@pytest.mark.parametrize("module", [costs, token_costs, decoder_costs], ids=["pictures", "tokens", "decoder"])
 def test_it_looks_at_no_device(module: ModuleType) -> None:
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
@@ -142,6 +142,96 @@ def test_blocks_are_even_and_fit(batch: int, channels: int, side: int) -> None:
         }
     else:
         assert half.scratch <= H200.cache or half.scratch > H200.cache * batch
+
+
+# ---- the decoder's block ---------------------------------------------------------------------------------------------
+
+DECODER = {"B": 1, "C": 128, "M": 384, "H": 1024, "W": 1024, "G": 32}
+OF_DECODER = [case for case in bench_cases("decoder_block") if case.dtype == torch.bfloat16]
+
+
+def test_a_decoder_block_by_hand() -> None:
+    unit, flops = 1024 * 1024 * 128 * 2, 2 * 1024 * 1024 * 128 * 384
+    weights, moments = 128 * 384 * 2, 8 * 384 * (1024 // 16) * (1024 // 32)
+    found = {kernel.name: kernel for kernel in decoder_costs.kernels("decoder_block", DECODER, 2, "fwd")}
+    assert [kernel.bytes for kernel in found.values()] == [
+        2 * unit, 4 * unit + weights, 6 * unit + moments, moments + 8 * 384, 5 * unit + weights,
+    ]  # fmt: skip
+    assert found["1: product"].products == found["2: product"].products == flops
+    assert found["2: product"].special == 3 * unit // 2, "one tanh for each value of the middle"
+    wide = decoder_costs.kernels("decoder_block", {**DECODER, "C": 160, "M": 480}, 2, "fwd")[-1]
+    assert wide.special == 2 * 1024 * 1024 * 480, "for each of two blocks of outputs"
+    low = decoder_costs.kernels("decoder_block", DECODER, 2, "fwd", "low memory")
+    assert sum(kernel.bytes for kernel in low) == 4 * unit + 3 * weights + 2 * moments + 8 * 384
+    assert sum(kernel.products for kernel in low) == 3 * flops
+    assert sum(kernel.launches for kernel in low) == 7 * 24 + 1
+    backward = decoder_costs.kernels("decoder_block", DECODER, 2, "bwd")
+    assert sum(kernel.bytes for kernel in backward) == pytest.approx((11 + 13 * 3) * unit, rel=0.02)
+    assert sum(kernel.products for kernel in backward) == 5 * flops
+
+
+@pytest.mark.parametrize("case", OF_DECODER, ids=str)
+def test_kernels_of_the_decoder_cannot_beat_the_op(case: Case) -> None:
+    for itemsize in (2, 4):
+        flops, moved = replace(case, dtype=torch.float32 if itemsize == 4 else torch.bfloat16).cost()
+        for mode, form in (("fwd", "whole"), ("fwd", "low memory"), ("bwd", "whole")):
+            found = decoder_costs.kernels(case.op, case.dims, itemsize, mode, form)
+            assert sum(kernel.bytes for kernel in found) >= moved
+            assert sum(kernel.flops for kernel in found) >= 0.99 * flops  # biases and the residual are left out
+            assert (sum(kernel.products for kernel in found) > 0) == (itemsize == 2)
+
+
+# The kernels of each name.
+DECODER_LAUNCHED = {
+    "1: depthwise": "depthwise_kernel",
+    "1: product": "pointwise_kernel",
+    "2: depthwise": "depthwise_kernel",
+    "merge": "merge_tiles_kernel",
+    "2: product": "normed_product_kernel",
+    "2: product of dy": "gradient_product_kernel",
+    "2: weight gradient": "weight_gradient_kernel",
+    "1: weight gradient": "weight_gradient_kernel",
+    "sum of partials": "add_parts_kernel",
+    "norm gradient": "norm_gradient_kernel",
+    "2: depthwise backward": "depthwise_backward_kernel",
+    "1: depthwise backward": "depthwise_backward_kernel",
+    "1: product of dy": "pointwise_kernel",
+}
+DECODER_FILES = ("decoder_block", "decoder_block_backward", "depthwise", "depthwise_backward", "norm_backward",
+                 "pointwise", "weight_gradient", "group_norm_silu_backward")  # fmt: skip
+
+
+def test_kernels_of_the_decoder_are_those_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their launchers, watched: the same kernels in the same order, and the bytes of the tensors that each is given."""
+    pytest.importorskip("triton")
+    launches: list[tuple[str, int]] = []
+    modules = {name: importlib.import_module(f"snapgen_kernels._triton.{name}") for name in (*DECODER_FILES, "tuning")}
+    for module in modules.values():
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Watched(value, launches))
+    monkeypatch.setattr(modules["tuning"], "choose", lambda kernel, key, candidates, default, launch: default)
+    dims = {"B": 2, "C": 128, "M": 384, "H": 128, "W": 256, "G": 32}
+    case = Case("decoder_block", "watched", dims, torch.bfloat16)
+    arguments = case.spec.arguments(case.inputs())
+    y, *saved = modules["decoder_block"].forward(*arguments)
+    split = len(launches)
+    modules["decoder_block_backward"].backward(y, *arguments, *saved, [True] * 9)
+    for mode, seen in (("fwd", launches[:split]), ("bwd", launches[split:])):
+        left = [entry for entry in seen if entry[0] not in ("merge_sums_kernel", "parameters_kernel")]
+        for kernel in decoder_costs.kernels(case.op, dims, 2, mode):
+            if (mode, kernel.name) == ("bwd", "merge"):
+                continue
+            (name, moved), *left = left
+            assert name == DECODER_LAUNCHED[kernel.name], kernel.name
+            if name == "depthwise_backward_kernel":
+                (added, _), *left = left
+                assert added == "add_parts_kernel"  # of its weights' gradients
+            if name == "norm_gradient_kernel":
+                moved += saved[0].nbytes  # written where da was read
+            # Weights by channel and parts of their gradients are left out.
+            assert kernel.bytes == pytest.approx(moved, rel=0.02), kernel.name
+        assert not left
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

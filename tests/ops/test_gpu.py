@@ -56,7 +56,15 @@ MORE = [case for op in OPS if op == "attention" for case in small_cases(op) if c
 FIRST += MORE
 PLAIN = [case for case in FIRST if case.dtype == torch.float32]
 # The model's first and last stage, its self-attention and a cross-attention of many queries.
-NAMES = ("256ch-128", "896ch-32", "896-2688-1024", "self-14x64-1024", "cross-14x64-333", "cross-8x64-4096-333")
+NAMES = (
+    "256ch-128",
+    "896ch-32",
+    "160ch-128",
+    "896-2688-1024",
+    "self-14x64-1024",
+    "cross-14x64-333",
+    "cross-8x64-4096-333",
+)
 MODEL = [case for op in OPS for case in bench_cases(op) if case.name in NAMES]
 MODEL = [case for case in MODEL if case.dtype == torch.bfloat16]
 ops = pytest.mark.parametrize("op", OPS)
@@ -318,6 +326,7 @@ LARGE = {
     "group_norm_silu": ({"C": 64, "W": 4096, "G": 8}, 10),
     "sepconv": ({"C": 64, "W": 4096, "O": 64, "G": 8, "shift": 1, "residual": 1}, 14),
     "resblock": ({"C": 64, "M": 128, "O": 64, "W": 4096, "G": 8}, 24),
+    "decoder_block": ({"C": 64, "M": 128, "W": 4096, "G": 8}, 24),
 }
 TILE = 8  # rows
 LIMIT = 2**31
@@ -375,6 +384,36 @@ def test_indices_past_2_to_the_31(op: str) -> None:
     _needs_memory(factor * times * dims["C"] * TILE * dims["W"] * 2)
     _check_repeated(case, times)
     torch.cuda.empty_cache()
+
+
+@pytest.mark.skipif("decoder_block" not in OPS, reason="has no GPU kernel")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_decoder_block_in_several_bands(dtype: torch.dtype) -> None:
+    from snapgen_kernels._triton import decoder_block as kernels
+
+    dims = {"B": 2, "C": 32, "M": 96, "H": 300, "W": 1500, "G": 8, "low": 1}
+    case = Case("decoder_block", "bands", dims, dtype, bench=True)
+    plan = kernels.plans(case.inputs("meta")["x"], dims["M"], True)[1]
+    assert plan.samples == 1 and dims["H"] / plan.rows > 2
+    checks.check_gradients(case, DEVICE, case.spec.registered)
+    checks.check_repeats(case, DEVICE, counts=(1,))
+
+
+@pytest.mark.skipif("decoder_block" not in OPS, reason="has no GPU kernel")
+def test_a_decoder_block_in_low_memory_holds_no_middle_image() -> None:
+    from snapgen_kernels._triton import decoder_block as kernels
+
+    dims = {"B": 1, "C": 128, "M": 384, "H": 1024, "W": 1024, "G": 32, "low": 1}
+    case = Case("decoder_block", "low", dims, torch.bfloat16)
+    inputs = case.inputs(DEVICE)
+    with torch.no_grad():
+        _fused(inputs, case)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = _fused(inputs, case)
+        torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < y.nbytes + 2 * kernels.LOW_MEMORY
 
 
 @pytest.mark.skipif("geglu" not in OPS, reason="has no GPU kernel")

@@ -34,6 +34,7 @@ FILES = {
     "geglu": ("geglu", "geglu"),
     "qk_norm_rope": ("qk_norm_rope", "qk_norm_rope_backward"),
     "attention": ("attention", "attention_backward"),
+    "decoder_block": ("decoder_block", "decoder_block_backward"),
 }
 # One process each, so that they run side by side.
 GROUPS = {
@@ -43,6 +44,7 @@ GROUPS = {
     "sepconv": "sepconv",
     "resblock": "resblock and not sepconv",
     "geglu": "geglu",
+    "decoder_block": "decoder_block",
 }
 
 # Few pixels but in "long": the interpreter sums an axis one by one in fp32, where a GPU adds in a tree.
@@ -61,6 +63,8 @@ SIZES = {
         "odd": {"B": 1, "C": 17, "H": 11, "W": 7, "O": 33, "G": 1, "shift": 1},
         "stride": {"B": 1, "C": 6, "H": 9, "W": 10, "O": 5, "stride": 2, "bias": 1},
         "upsample": {"B": 1, "C": 8, "H": 6, "W": 12, "O": 4, "G": 2, "upsample": 1, "residual": 1},
+        "up": {"B": 1, "C": 6, "H": 5, "W": 17, "O": 4, "upsample": 1, "bias": 1},
+        "up-down": {"B": 1, "C": 4, "H": 3, "W": 5, "O": 3, "G": 2, "stride": 2, "upsample": 1},
         "one-pixel": {"B": 1, "C": 4, "H": 1, "W": 1, "O": 3, "G": 1, "shift": 1},
         "wide": {"B": 1, "C": 136, "H": 7, "W": 10, "O": 144, "G": 8, "shift": 1},
     },
@@ -89,6 +93,12 @@ SIZES = {
         "one-token": {"B": 2, "N": 1, "H": 1, "D": 16, "M": 5},
         "wide-head": {"B": 1, "N": 33, "H": 2, "D": 100, "M": 33, "rope": 1},
     },
+    "decoder_block": {
+        "block": {"B": 1, "C": 16, "M": 32, "H": 4, "W": 6, "G": 4},
+        "low": {"B": 1, "C": 15, "M": 33, "H": 3, "W": 18, "G": 3, "low": 1},
+        "pixel": {"B": 1, "C": 4, "M": 8, "H": 1, "W": 1, "G": 1},
+        "wide": {"B": 2, "C": 80, "M": 144, "H": 3, "W": 4, "G": 8},
+    },
     "qk_norm_rope": {
         "self": {"B": 2, "N": 45, "H": 3, "D": 64, "M": 45, "rope": 1},
         "cross": {"B": 2, "N": 37, "H": 2, "D": 24, "M": 41},
@@ -101,7 +111,7 @@ SIZES = {
 BOTH_FORMATS = ("group_norm_silu",)
 launched: list[str] = []
 NARROW = (torch.float16, torch.bfloat16)
-NARROWED = ("all", "stride", "upsample", "shortcut", "same", "self", "cross", "masked")
+NARROWED = ("all", "stride", "upsample", "shortcut", "same", "self", "cross", "masked", "block")
 
 
 def _first(op: str) -> Case:
@@ -243,7 +253,7 @@ def test_both_steps_in_one_kernel(case: Case, dtype: torch.dtype) -> None:
 
 
 @inside
-@pytest.mark.parametrize("op", ["sepconv", "resblock"])
+@pytest.mark.parametrize("op", ["sepconv", "resblock", "decoder_block"])
 def test_one_tanh_for_a_sigmoid(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The form of bf16 on NVIDIA, with an instruction as inaccurate as that one may be, keeps to the same bound."""
     from snapgen_kernels._triton import common
@@ -257,6 +267,40 @@ def test_one_tanh_for_a_sigmoid(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(common, "fast", lambda dtype: asked.append(dtype) or True)
     checks.check_gradients(_once(replace(_first(op), dtype=torch.bfloat16)), function=SPECS[op].registered)
     assert asked
+
+
+@inside
+@pytest.mark.parametrize(("low", "dtype"), [(0, torch.float32), (1, torch.bfloat16)])
+def test_decoder_block_in_bands(low: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands of rows of one sample at a time give every bit of the whole image; a large mean, ragged tiles."""
+    from snapgen_kernels._triton import decoder_block as kernels
+    from snapgen_kernels._triton import depthwise, tuning
+
+    dims = {"B": 1 + low, "C": 4, "M": 8, "H": 6, "W": 5, "G": 2, "low": low}
+    case = Case("decoder_block", "bands", dims, dtype, offset=0.0 if low else 100.0)
+    inputs = case.inputs()
+    arguments = case.spec.arguments({**inputs, "keep_middle": False})
+    scan = depthwise.DepthwiseConfig(1, 8, 4, 1, 0)
+    found = []
+    for plan in (kernels.Plan(1 + low, 6), kernels.Plan(1, 4)):
+        monkeypatch.setattr(kernels, "plans", lambda *_, plan=plan: ((plan,), plan))
+        with (
+            tuning.forced("depthwise", scan),
+            tuning.forced("depthwise_moments", scan),
+            checks.poisoned_memory(),
+        ):
+            found.append(torch.ops.snapgen.decoder_block(*arguments))
+    for whole, banded in zip(*found, strict=True):
+        assert torch.equal(whole, banded)
+    y, _, mean, rstd = found[0]
+    wide = {**checks.in_double(inputs), "keep_middle": True}
+    exact = case.spec.contract._reference_with_saved(*case.spec.arguments(wide))
+    checks.assert_close("y", y, case.spec.eager(inputs), exact[0])
+    deviation = 1 / exact[3]
+    # Half an ulp of each value of the middle image, which the convolutions round once each.
+    slack = 2 * torch.finfo(dtype).eps * exact[1].abs().max() / deviation.min()
+    assert ((mean - exact[2]) / deviation).abs().max() <= slack
+    assert (rstd * deviation - 1).abs().max() <= slack
 
 
 @inside
