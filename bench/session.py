@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -102,7 +103,14 @@ def make_plan(options: Options, console: Console) -> Plan:
     dtypes = listed("dtype", options.dtype or default, tuple(cases.DTYPES))
     size = dict(quick=options.quick, small=options.small)
     chosen: list[Case | ModelCase] = [*cases.select(options.device, ops, dtypes, subset=subset, **size)]
-    chosen += cases.select_models(options.device, names, dtypes, subset=subset, **size)
+    whole = cases.select_models(options.device, names, dtypes, subset=subset, **size)
+    lacking = _lacking() if whole else []
+    if lacking and not chosen:
+        raise UsageError(f"--suite {options.suite}: whole models need {' and '.join(lacking)}")
+    if lacking:
+        console.print(f"[dim]whole models are left out: they need {' and '.join(lacking)}[/]", soft_wrap=True)
+    else:
+        chosen += whole
     chosen = [case for case in chosen if options.case in case.name]
     if not chosen:
         raise UsageError(
@@ -121,6 +129,11 @@ def make_plan(options: Options, console: Console) -> Plan:
         deadline=_QUICK_DEADLINE if options.quick else None,
         patience=0.5 if options.quick else 3.0,
     )
+
+
+def _lacking() -> list[str]:
+    """The packages of whole models that are not installed; the ops need none of them."""
+    return [package for package in ("diffusers", "transformers") if importlib.util.find_spec(package) is None]
 
 
 def _providers(options: Options, console: Console) -> list[Provider]:

@@ -113,6 +113,16 @@ def test_a_gpu_is_timed_at_the_sizes_of_its_goals() -> None:
         make_plan(command.parse(("--suite", "model")), Console(file=StringIO()))
 
 
+def test_whole_models_are_left_out_without_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.session._lacking", lambda: ["diffusers"])
+    with pytest.raises(UsageError, match="whole models need diffusers"):
+        make_plan(command.parse(("--suite", "model", "--device", "cuda")), Console(file=StringIO()))
+    text = StringIO()
+    plan = make_plan(command.parse(("--suite", "all", "--device", "cuda")), Console(file=text, width=200))
+    assert {case.op for case in plan.cases} == {*cases.OPS}
+    assert "whole models are left out: they need diffusers" in text.getvalue()
+
+
 def test_a_picture_is_its_steps_and_its_decoding() -> None:
     case = SMALL["picture-small-float32"]
     network, (latents, time, context, pooled) = models.build(case), models.feeds(case)
