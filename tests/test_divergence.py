@@ -99,6 +99,7 @@ def test_the_decoder_names_the_layer_that_overflows(pipe, tmp_path):
     assert "overflow" in text and "#" * divergence.BAR in text
 
 
+@pytest.mark.complete
 def test_chunks_name_their_layers_as_the_denoiser_does(planted, pipe, tmp_path):
     """Both halves together compare what the whole package compares, and the planted weight is found in its half."""
     _, whole = planted

@@ -428,6 +428,7 @@ def test_an_export_changes_nothing_and_says_nothing(pipe, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.complete
 @pytest.mark.slow
 def test_a_repeat_in_another_process_gives_the_same_bytes(exported, tmp_path):
     """Other hash seeds, other memory addresses. And importing the export alone imports no coremltools."""

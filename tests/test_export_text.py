@@ -292,6 +292,7 @@ def grown(pipe, residual: float, branch: float):
     return SnapGenPipeline(**parts, max_tokens=GEMMA_TOKENS), seen
 
 
+@pytest.mark.complete
 def test_activations_beyond_fp16_are_held(pipe, tmp_path, monkeypatch):
     """Four and ten times what fp16 holds: the folded factors keep them; without these the gate refuses the package."""
     large, seen = grown(pipe, residual=5e4, branch=1e4)
