@@ -15,7 +15,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from snapgen_kernels import DecoderBlock, Norm, SepConv2d, group_norm_silu, malloc_keeps_pages
+from snapgen_kernels import DecoderBlock, GroupNormSiLU, Norm, SepConv2d, malloc_keeps_pages
 from snapgen_kernels.decoding import apply_block, norm_silu_conv, runs_in_place
 
 Progress = Callable[[int, int], None]
@@ -68,7 +68,7 @@ class TinyDecoder(ModelMixin, ConfigMixin):
             SepConv2d(width, following, upsample=True, dw_bias=True)
             for width, following in zip(channels[:-1], channels[1:], strict=True)
         )
-        self.norm_out = nn.GroupNorm(math.gcd(norm_groups, channels[-1]), channels[-1], eps=1e-6)
+        self.norm_out = GroupNormSiLU(math.gcd(norm_groups, channels[-1]), channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     @property
@@ -90,7 +90,7 @@ class TinyDecoder(ModelMixin, ConfigMixin):
                 x = block(x)
             if index < len(self.upsamplers):
                 x = self.upsamplers[index](x)
-        return self.conv_out(group_norm_silu(x, *self._norm()))
+        return self.conv_out(self.norm_out(x))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, low_memory: bool | None = None, progress: Progress | None = None) -> Tensor:
@@ -196,7 +196,7 @@ class TinyEncoder(ModelMixin, ConfigMixin):
             SepConv2d(width, following, stride=2, dw_bias=True)
             for width, following in zip(widths[:-1], widths[1:], strict=True)
         )
-        self.norm_out = nn.GroupNorm(math.gcd(norm_groups, widths[-1]), widths[-1], eps=1e-6)
+        self.norm_out = GroupNormSiLU(math.gcd(norm_groups, widths[-1]), widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], latent_channels, 3, padding=1)
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -212,4 +212,4 @@ class TinyEncoder(ModelMixin, ConfigMixin):
                 x = block(x)
             if index < len(self.downsamplers):
                 x = self.downsamplers[index](x)
-        return self.conv_out(nn.functional.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))

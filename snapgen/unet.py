@@ -13,7 +13,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from snapgen.layers import Downsample, Rope, SpatialTransformer, Upsample, make_res_block
-from snapgen_kernels import rope_2d
+from snapgen_kernels import GroupNormSiLU, rope_2d
 
 
 @dataclass
@@ -139,7 +139,7 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
                 width = channels[stage]
             self.up.append(UNetStage(layers, Upsample(width, conv) if stage > 0 else None))
 
-        self.norm_out = nn.GroupNorm(norm_groups, width)
+        self.norm_out = GroupNormSiLU(norm_groups, width)
         self.conv_out = nn.Conv2d(width, in_channels, 3, padding=1)
         self.gradient_checkpointing = False
 
@@ -194,7 +194,7 @@ class SnapGenUNet(ModelMixin, ConfigMixin):
                 x = self._run(layer, torch.cat((x, skips.pop()), dim=1), temb, context, mask, rope)
             if up.sampler is not None:
                 x = up.sampler(x)
-        x = self.conv_out(nn.functional.silu(self.norm_out(x)))
+        x = self.conv_out(self.norm_out(x))
         return UNetOutput(sample=x) if return_dict else (x,)
 
     def _run(self, layer: nn.Module, *args: Any) -> Tensor:

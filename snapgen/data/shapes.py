@@ -394,8 +394,6 @@ class ShapesDataset:
 
     procedural = True  # scenes are independent of each other: reading them in order is as good as shuffled
 
-    procedural = True  # random by index already: a loader reads it in order
-
     def __init__(self, resolution: int = 64, seed: int = 0, split: str = "train", length: int = 1_000_000) -> None:
         if resolution < 8:
             raise ValueError(f"resolution {resolution}: at least 8 pixels are needed to draw a shape")
