@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench.__main__ as command
 from bench import cases, models
@@ -168,3 +169,18 @@ def test_a_training_step_trains_and_is_the_same_for_all() -> None:
     assert len(set(losses["fused"])) == 4
     for found in losses.values():
         assert found == pytest.approx(losses["channels_last"], rel=1e-3)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_backward_of_a_convolution_costs_the_forward_for_each_gradient(groups: int, needs: tuple[bool, bool]) -> None:
+    x, weight = torch.randn(2, 8, 6, 5), torch.randn(16, 8 // groups, 3, 3)
+    x.requires_grad_(needs[0])
+    weight.requires_grad_(needs[1])
+    forward = 2 * (2 * 16 * 6 * 5) * (8 // groups * 9)
+    mapping = {torch.ops.aten.convolution_backward: models._backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        y = torch.nn.functional.conv2d(x, weight, padding=1, groups=groups)
+        assert counter.get_total_flops() == forward
+        y.sum().backward()
+    assert counter.get_total_flops() == forward * (1 + sum(needs))
