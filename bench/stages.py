@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -44,12 +44,12 @@ REST = "the rest"
 class Stages:
     """Where a model's time goes, part by part, beside each part's floor."""
 
-    model: Literal["denoiser", "decoder"] = "denoiser"
-    """Which network, with random weights."""
+    model: Literal["denoiser", "decoder", "train"] = "denoiser"
+    """Which network, with random weights, or a training step of the denoiser."""
     preset: str = "t2i-1024"
     """Of which preset."""
     side: int = 128
-    """Side of the square latents."""
+    """Side of the square latents; a preset that trains its own text encoder is trained at its own."""
     batch: int = 1
     """Samples."""
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -57,9 +57,9 @@ class Stages:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     by: Literal["stage", "op", "part"] = "stage"
-    """Rows: the network's stages, kinds of operation, or every part on its own."""
+    """Rows: the network's stages, kinds of operation, or every part on its own; those of a training step are fixed."""
     rounds: int = 10
-    """Forward passes; medians count."""
+    """Forward passes, or training steps; medians count."""
     plain: bool = False
     """Time plain PyTorch in place of the fused operations."""
     nvtx: bool = False
@@ -96,6 +96,8 @@ def parts_of(network: nn.Module) -> dict[str, nn.Module]:
 
 def measure(case: ModelCase, rounds: int, *, plain: bool = False, nvtx: bool = False) -> tuple[list[Part], float]:
     """The parts of the case's network with the times of `rounds` forward passes, and the median of the whole in ms."""
+    if case.op == "train":
+        return _measure_steps(case, rounds, plain=plain, nvtx=nvtx)
     network, inputs = models.network_and_feeds(case)
     parts = [Part(name, type(module).__name__, Cost(0, 0), []) for name, module in parts_of(network).items()]
     whole: list[float] = []
@@ -109,6 +111,41 @@ def measure(case: ModelCase, rounds: int, *, plain: bool = False, nvtx: bool = F
             for _ in range(rounds):
                 whole.append(_pass(network, inputs, parts, case.device, nvtx))
     return [part for part in parts if part.times], statistics.median(whole)
+
+
+def _measure_steps(case: ModelCase, rounds: int, *, plain: bool, nvtx: bool) -> tuple[list[Part], float]:
+    """The same of training steps, whose parts are the ranges that the training loop names."""
+    parts = {name: Part(name, "training", Cost(*cost), []) for name, cost in models.step_costs(case).items()}
+    whole: list[float] = []
+    with _mode(plain):
+        step = models.training(case)
+        for _ in range(2):
+            step()
+        for _ in range(rounds):
+            marks: list[tuple[str, Any, Any]] = []
+            with _ranges(_recorder(marks, case.device)):
+                begin = _mark(case.device)
+                step()
+                end = _mark(case.device)
+            if case.device == "cuda":
+                torch.cuda.synchronize()
+            whole.append(_between(begin, end))
+            for name, *both in marks:
+                if name in parts:  # and not an operation inside it
+                    parts[name].times.append(_between(*both))
+        with _ranges(nvtx):
+            step()
+    return list(parts.values()), statistics.median(whole)
+
+
+def _recorder(marks: list[tuple[str, Any, Any]], device: str) -> Callable[[str], AbstractContextManager[None]]:
+    @contextmanager
+    def record(name: str) -> Iterator[None]:
+        begin = _mark(device)
+        yield
+        marks.append((name, begin, _mark(device)))
+
+    return record
 
 
 def _count(network: nn.Module, inputs: Sequence[Tensor], parts: Sequence[Part]) -> None:
@@ -187,11 +224,8 @@ def _hooked(
 
 
 @contextmanager
-def _ranges(nvtx: bool) -> Iterator[None]:
-    if not nvtx:
-        yield
-        return
-    snapgen_kernels.profile_ranges(True)
+def _ranges(ranges: bool | Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
+    snapgen_kernels.profile_ranges(ranges)
     try:
         yield
     finally:
@@ -246,7 +280,8 @@ def table(parts: Sequence[Part], whole: float, rates: limits.Limits, dtype: torc
         spent, floor, calls = rows.get(key, (0.0, 0.0, 0))
         rows[key] = (spent + part.ms, floor + rates.floor_ms(part.cost, dtype), calls + 1)
     rows[REST] = (max(0.0, whole - sum(spent for spent, _, _ in rows.values())), 0.0, 0)
-    found = Table(box=box.SIMPLE_HEAD, padding=0, title=f"{whole:.3f} ms a forward pass", title_justify="left")
+    title = f"{whole:.3f} ms a {'training step' if 'backward' in rows else 'forward pass'}"
+    found = Table(box=box.SIMPLE_HEAD, padding=0, title=title, title_justify="left")
     for heading in (by, "parts", "ms", "share", "floor ms", "of its floor", "above it ms"):
         found.add_column(heading, justify="left" if heading == by else "right", no_wrap=True)
     ordered = sorted(rows.items(), key=lambda row: row[1][0] - row[1][1], reverse=True)

@@ -28,6 +28,7 @@ from snapgen.seeds import Draws
 from snapgen.settings import TrainConfig
 from snapgen.state import RUNNING, SKIPPED, TrainState, checkpoints, freed
 from snapgen.tasks import Task
+from snapgen_kernels import profile_range
 
 # These may change between a run and its resumption: they leave the weights as they are, but for the order of sums.
 _FREE = {
@@ -197,20 +198,26 @@ def optimizer_step(
     share: Share,
     wrappers: Mapping[str, Mapping[str, nn.Module]] | None = None,
 ) -> dict[str, Tensor]:
-    """One optimizer step, phase by phase; returns every figure's mean over this process's samples, on the device."""
+    """One optimizer step, phase by phase; returns every figure's mean over this process's samples, on the device.
+
+    Its parts are ranges for a profiler (`snapgen_kernels.profile_ranges`): data, forward, backward, optimizer, average.
+    """
     figures: dict[str, Tensor] = {}
-    passes = [next(stream) for _ in range(share.passes)]
+    with profile_range("data"):
+        passes = [next(stream) for _ in range(share.passes)]
     for index, player in enumerate(state.players):
         phase = player.phase
         found = _backward(task, config, state, index, passes, (wrappers or {}).get(phase.name, {}))
-        found["grad_norm"] = player.move(learning_rate(config, state.step), config.grad_clip)
+        with profile_range("optimizer"):
+            found["grad_norm"] = player.move(learning_rate(config, state.step), config.grad_clip)
         for module in task.modules.values():
             module.zero_grad(set_to_none=True)  # what reached others than this phase's, under FSDP
         if len(state.players) > 1:
             found = {f"{phase.name}/{name}": value for name, value in found.items()}
         figures |= found
     state.step += 1
-    state.average()
+    with profile_range("average"):
+        state.average()
     return figures
 
 
@@ -232,9 +239,11 @@ def _backward(
             batch = batch.to(state.device)
             draws = Draws(config.seed, state.step, batch.positions, state.device, index)
             with parallel.unsynchronised(modules, wait=turn < len(passes) - 1):
-                with torch.autocast(state.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+                autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=config.dtype == "bf16")
+                with profile_range("forward"), autocast:
                     loss, further = phase.loss(batch, draws)
-                (loss / len(passes)).backward()
+                with profile_range("backward"):
+                    (loss / len(passes)).backward()
             for name, value in {"loss": loss, **further}.items():
                 figures[name] = figures.get(name, 0) + value.detach() / len(passes)
     return figures

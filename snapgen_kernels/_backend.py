@@ -15,11 +15,13 @@ name                 values                          meaning
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -198,25 +200,28 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SNAPGEN_CACHE") or Path.home() / ".cache" / "snapgen")
 
 
-_nvtx_on: ContextVar[bool] = ContextVar("snapgen_kernels_nvtx", default=False)
+Ranges = Callable[[str], AbstractContextManager[Any]]
+_ranges: ContextVar[Ranges | None] = ContextVar("snapgen_kernels_ranges", default=None)
 
 
-def profile_ranges(enabled: bool) -> None:
-    """Turn the NVTX ranges around fused ops on or off in this thread or task (off by default).
+def profile_ranges(enabled: bool | Ranges) -> None:
+    """Turn the ranges around fused ops, and around the parts of `snapgen`'s training steps, on or off in this thread or
+    task (off by default).
+
+    Args:
+        enabled: True for NVTX ranges; or what makes a context manager of a range's name, for another profiler.
 
     Raises:
-        ImportError: ``enabled`` and the package nvtx is not installed.
+        ImportError: ``enabled`` is True and the package nvtx is not installed.
     """
-    if enabled and importlib.util.find_spec("nvtx") is None:
-        raise ImportError("NVTX ranges need the package nvtx: pip install 'snapgen[profile]'")
-    _nvtx_on.set(enabled)
+    if enabled is True:
+        if importlib.util.find_spec("nvtx") is None:
+            raise ImportError("NVTX ranges need the package nvtx: pip install 'snapgen[profile]'")
+        enabled = functools.partial(importlib.import_module("nvtx").annotate, domain="snapgen")
+    _ranges.set(enabled or None)
 
 
-@contextlib.contextmanager
-def profile_range(name: str) -> Iterator[None]:
-    """An NVTX range called ``name`` where :func:`profile_ranges` is on; nothing otherwise."""
-    if not _nvtx_on.get():
-        yield
-        return
-    with importlib.import_module("nvtx").annotate(name, domain="snapgen"):
-        yield
+def profile_range(name: str) -> AbstractContextManager[Any]:
+    """A range called ``name`` where :func:`profile_ranges` is on; nothing otherwise."""
+    ranges = _ranges.get()
+    return contextlib.nullcontext() if ranges is None else ranges(name)

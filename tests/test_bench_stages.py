@@ -39,6 +39,21 @@ def test_parts_are_counted_and_timed(op: str) -> None:
     models.release()
 
 
+def test_a_training_step_is_timed_by_the_loops_own_ranges() -> None:
+    case = SMALL["train"]
+    parts, whole = measure(case, rounds=3)
+    assert [part.name for part in parts] == ["forward", "backward", "optimizer", "average"]
+    assert all(len(part.times) == 3 and part.ms > 0 for part in parts)
+    assert 0 < sum(part.ms for part in parts) < 1.5 * whole
+    flops, _ = models.costs(case)
+    forward, backward, optimizer, _ = (part.cost for part in parts)
+    assert forward.flops + backward.flops == flops and 1.2 < backward.flops / forward.flops <= 2
+    denoiser, text = (models.make_task(case)[0].modules[name] for name in ("denoiser", "text_encoder"))
+    weights = sum(p.numel() for module in (denoiser, text) for p in module.parameters())
+    assert optimizer.bytes == 7 * 4 * weights
+    models.release()
+
+
 def test_the_next_gap_is_the_largest_above_its_floor() -> None:
     rates = limits.Limits({"fp32": 1e9}, ((1 << 28, 1e9),))  # 1e6 FLOPs or bytes are a millisecond
     parts = [
@@ -78,12 +93,14 @@ def test_ranges_are_named_after_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick_limits")
 @pytest.mark.parametrize(
-    "options", [Stages(preset="tiny", side=2, rounds=1), Stages(preset="tiny", side=2, plain=True)]
+    "options",
+    [Stages(preset="tiny", side=2, rounds=1), Stages(preset="tiny", side=2, plain=True), Stages("train", "tiny")],
 )
 def test_the_command_prints_the_table(options: Stages) -> None:
     text = StringIO()
     assert main(options, Console(file=text, width=120)) == 0
-    assert "up.0" in text.getvalue() and "next: " in text.getvalue()
+    row = "backward" if options.model == "train" else "up.0"
+    assert row in text.getvalue() and "next: " in text.getvalue()
 
 
 @pytest.mark.parametrize("wrong", [dict(preset="huge"), dict(preset="tiny-teacher"), dict(side=0), dict(rounds=0)])
