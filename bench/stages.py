@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -44,8 +45,8 @@ REST = "the rest"
 class Stages:
     """Where a model's time goes, part by part, beside each part's floor."""
 
-    model: Literal["denoiser", "decoder", "train"] = "denoiser"
-    """Which network, with random weights, or a training step of the denoiser."""
+    model: Literal["denoiser", "decoder", "picture", "train"] = "denoiser"
+    """Which network, with random weights; or a picture, from its prompt on, in four steps; or a training step."""
     preset: str = "t2i-1024"
     """Of which preset."""
     side: int = 128
@@ -57,9 +58,9 @@ class Stages:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     by: Literal["stage", "op", "part"] = "stage"
-    """Rows: the network's stages, kinds of operation, or every part on its own; those of a training step are fixed."""
+    """Rows: the network's stages, kinds of operation, or every part; those of pictures and training are fixed."""
     rounds: int = 10
-    """Forward passes, or training steps; medians count."""
+    """Forward passes, pictures or training steps; medians count."""
     plain: bool = False
     """Time plain PyTorch in place of the fused operations."""
     nvtx: bool = False
@@ -96,8 +97,8 @@ def parts_of(network: nn.Module) -> dict[str, nn.Module]:
 
 def measure(case: ModelCase, rounds: int, *, plain: bool = False, nvtx: bool = False) -> tuple[list[Part], float]:
     """The parts of the case's network with the times of `rounds` forward passes, and the median of the whole in ms."""
-    if case.op == "train":
-        return _measure_steps(case, rounds, plain=plain, nvtx=nvtx)
+    if case.op in ("train", "picture"):
+        return _measure_ranges(case, rounds, plain=plain, nvtx=nvtx)
     network, inputs = models.network_and_feeds(case)
     parts = [Part(name, type(module).__name__, Cost(0, 0), []) for name, module in parts_of(network).items()]
     whole: list[float] = []
@@ -113,19 +114,19 @@ def measure(case: ModelCase, rounds: int, *, plain: bool = False, nvtx: bool = F
     return [part for part in parts if part.times], statistics.median(whole)
 
 
-def _measure_steps(case: ModelCase, rounds: int, *, plain: bool, nvtx: bool) -> tuple[list[Part], float]:
-    """The same of training steps, whose parts are the ranges that the training loop names."""
-    parts = {name: Part(name, "training", Cost(*cost), []) for name, cost in models.step_costs(case).items()}
+def _measure_ranges(case: ModelCase, rounds: int, *, plain: bool, nvtx: bool) -> tuple[list[Part], float]:
+    """The same of what names its parts itself by ranges: a training step, or a picture."""
     whole: list[float] = []
     with _mode(plain):
-        step = models.training(case)
+        once, costs = _step(case) if case.op == "train" else _picture(case)
+        parts = {name: Part(name, case.op, cost, []) for name, cost in costs.items()}
         for _ in range(2):
-            step()
+            once()
         for _ in range(rounds):
             marks: list[tuple[str, Any, Any]] = []
-            with _ranges(_recorder(marks, case.device)):
+            with _ranges(_recorder(marks, partial(_mark, case.device))):
                 begin = _mark(case.device)
-                step()
+                once()
                 end = _mark(case.device)
             if case.device == "cuda":
                 torch.cuda.synchronize()
@@ -134,16 +135,48 @@ def _measure_steps(case: ModelCase, rounds: int, *, plain: bool, nvtx: bool) -> 
                 if name in parts:  # and not an operation inside it
                     parts[name].times.append(_between(*both))
         with _ranges(nvtx):
-            step()
+            once()
     return list(parts.values()), statistics.median(whole)
 
 
-def _recorder(marks: list[tuple[str, Any, Any]], device: str) -> Callable[[str], AbstractContextManager[None]]:
+def _step(case: ModelCase) -> tuple[Callable[[], Any], dict[str, Cost]]:
+    return models.training(case), {name: Cost(*cost) for name, cost in models.step_costs(case).items()}
+
+
+def _picture(case: ModelCase) -> tuple[Callable[[], Any], dict[str, Cost]]:
+    """Costs are FLOPs of products, and every network's weights as often as it is called."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from bench import picture
+
+    pipe = picture.make_pipeline(case)
+    counted: list[tuple[str, int, int]] = []
+    counter = FlopCounterMode(display=False)
+    with counter, snapgen_kernels.use("reference"), _ranges(_recorder(counted, counter.get_total_flops)):
+        picture.draw(pipe, case)
+    encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    networks = {"text": encoders, "denoise": picture.STEPS * [pipe.denoiser], "decode": [pipe.decoder]}
+    costs = {}
+    for name, begin, end in counted:
+        if name in networks:
+            weights = [p for network in networks[name] for p in network.parameters()]
+            costs[name] = Cost(end - begin, sum(p.numel() * p.element_size() for p in weights))
+    if case.device == "cuda":
+        pixels = case.side * pipe.decoder.upscale
+        pipe.compile(batch_size=case.batch, guidance=False, height=pixels, width=pixels)
+    return lambda: picture.draw(pipe, case), costs
+
+
+def _recorder(
+    marks: list[tuple[str, Any, Any]], mark: Callable[[], Any]
+) -> Callable[[str], AbstractContextManager[None]]:
+    """Ranges that note their name, and `mark()` at both ends."""
+
     @contextmanager
     def record(name: str) -> Iterator[None]:
-        begin = _mark(device)
+        begin = mark()
         yield
-        marks.append((name, begin, _mark(device)))
+        marks.append((name, begin, mark()))
 
     return record
 
@@ -280,7 +313,8 @@ def table(parts: Sequence[Part], whole: float, rates: limits.Limits, dtype: torc
         spent, floor, calls = rows.get(key, (0.0, 0.0, 0))
         rows[key] = (spent + part.ms, floor + rates.floor_ms(part.cost, dtype), calls + 1)
     rows[REST] = (max(0.0, whole - sum(spent for spent, _, _ in rows.values())), 0.0, 0)
-    title = f"{whole:.3f} ms a {'training step' if 'backward' in rows else 'forward pass'}"
+    what = "training step" if "backward" in rows else "call of the pipeline" if "decode" in rows else "forward pass"
+    title = f"{whole:.3f} ms a {what}"
     found = Table(box=box.SIMPLE_HEAD, padding=0, title=title, title_justify="left")
     for heading in (by, "parts", "ms", "share", "floor ms", "of its floor", "above it ms"):
         found.add_column(heading, justify="left" if heading == by else "right", no_wrap=True)
@@ -306,6 +340,8 @@ def main(options: Stages, console: Console | None = None) -> int:
     found, gap = table(parts, whole, rates, case.dtype, options.by)
     console.print(found)
     console.print(gap, soft_wrap=True)
+    if options.model == "picture":
+        console.print(f"{1000 * options.batch / whole:.3g} pictures a second")
     models.release()
     return 0
 

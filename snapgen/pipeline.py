@@ -21,6 +21,7 @@ from snapgen.graphs import Capture, Graphs, cuda_capture
 from snapgen.pictures import to_pictures
 from snapgen.sampler import sample
 from snapgen.text import TextEmbedding, encode_clip, encode_gemma, encode_tiny, join
+from snapgen_kernels import profile_range
 
 
 class PromptWarning(UserWarning):
@@ -258,11 +259,12 @@ class SnapGenPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents: got shape {tuple(latents.shape)}; expected {shape}")
 
-        text = self.encode_prompt(prompts)
-        negative = self.encode_prompt([negative_prompt] * len(prompts)) if guidance_scale != 1.0 else None
+        with profile_range("text"):
+            text = self.encode_prompt(prompts)
+            negative = self.encode_prompt([negative_prompt] * len(prompts)) if guidance_scale != 1.0 else None
         if self._graphs is not None:
             self._graphs.check()
-        with self.progress_bar(total=num_inference_steps) as bar:
+        with profile_range("denoise"), self.progress_bar(total=num_inference_steps) as bar:
             latents = sample(
                 self.denoiser if self._graphs is None else self._graphs.denoiser,
                 self.scheduler,
@@ -277,7 +279,8 @@ class SnapGenPipeline(DiffusionPipeline):
             raise FloatingPointError("the denoiser gave values that are not finite; its weights may be damaged")
         pictures: Any = latents
         if output_type != "latent":
-            pictures = self._decode(latents.to(self.decoder.dtype), low_memory).float().clamp(-1, 1)
+            with profile_range("decode"):
+                pictures = self._decode(latents.to(self.decoder.dtype), low_memory).float().clamp(-1, 1)
         if output_type == "pil":
             pictures = to_pictures(pictures)
         self.maybe_free_model_hooks()

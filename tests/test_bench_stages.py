@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import limits, models, stages
+from bench import limits, models, picture, stages
 from bench.cases import Cost
 from bench.stages import Part, Stages, main, measure, parts_of, stage_of, table
 
@@ -54,6 +54,26 @@ def test_a_training_step_is_timed_by_the_loops_own_ranges() -> None:
     models.release()
 
 
+def test_a_picture_is_timed_from_its_prompt_on() -> None:
+    case = SMALL["picture"]
+    parts, whole = measure(case, rounds=3)
+    text, denoise, decode = parts
+    assert [part.name for part in parts] == ["text", "denoise", "decode"]
+    assert all(len(part.times) == 3 and part.ms > 0 for part in parts)
+    assert 0 < sum(part.ms for part in parts) < 1.5 * whole
+    once = models.costs(SMALL["decoder"])[0] * case.side**2 / SMALL["decoder"].side ** 2
+    assert decode.cost.flops == pytest.approx(once, rel=1e-3)
+    weights = sum(p.numel() for p in models.without_memory(SMALL["denoiser"]).parameters())
+    assert denoise.cost.bytes == picture.STEPS * 4 * weights and text.cost.flops > 0
+    models.release()
+
+
+def test_large_text_encoders_have_the_published_sizes() -> None:
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in picture._large(name).parameters()) for name in ("clip-l", "clip-g", "gemma-2")]
+    assert [round(count / 1e6) for count in counts] == [124, 695, 2614]
+
+
 def test_the_next_gap_is_the_largest_above_its_floor() -> None:
     rates = limits.Limits({"fp32": 1e9}, ((1 << 28, 1e9),))  # 1e6 FLOPs or bytes are a millisecond
     parts = [
@@ -94,12 +114,17 @@ def test_ranges_are_named_after_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick_limits")
 @pytest.mark.parametrize(
     "options",
-    [Stages(preset="tiny", side=2, rounds=1), Stages(preset="tiny", side=2, plain=True), Stages("train", "tiny")],
+    [
+        Stages(preset="tiny", side=2, rounds=1),
+        Stages(preset="tiny", side=2, plain=True),
+        Stages("train", "tiny"),
+        Stages("picture", "tiny", side=8, batch=2),
+    ],
 )
 def test_the_command_prints_the_table(options: Stages) -> None:
     text = StringIO()
     assert main(options, Console(file=text, width=120)) == 0
-    row = "backward" if options.model == "train" else "up.0"
+    row = {"train": "backward", "picture": "pictures a second"}.get(options.model, "up.0")
     assert row in text.getvalue() and "next: " in text.getvalue()
 
 
