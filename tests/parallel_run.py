@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 from small_models import QUIET, autoencoder_task, denoiser_task
+from small_teachers import taught_task
 
 from snapgen import train as training
 from snapgen.data.shapes import ShapesDataset
+from snapgen.distill.features import LayerPair
+from snapgen.distill.knowledge import KnowledgeDistillation
 
 out, kind, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 stop_at = int(sys.argv[4]) if len(sys.argv) > 4 else 0
@@ -52,7 +55,20 @@ config = training.TrainConfig(
     parallel=kind,
     recompute=bool(os.environ.get("RECOMPUTE")),
 )
-task = autoencoder_task() if os.environ.get("TASK") == "autoencoder" else denoiser_task()
+
+
+def knowledge_task():
+    layers = LayerPair("transformer.transformer_blocks.2", "up.0.layers.1.transformer")
+
+    def objective(teacher, student):
+        torch.manual_seed(2)
+        return KnowledgeDistillation(teacher, student, pairs=(layers,))
+
+    return taught_task(objective)
+
+
+tasks = {"autoencoder": autoencoder_task, "denoiser": denoiser_task, "knowledge": knowledge_task}
+task = tasks[os.environ.get("TASK", "denoiser")]()
 training.train(task, Data(32, length=1000), config, out, console=QUIET)
 if rank == 0:
     print(json.dumps(losses))

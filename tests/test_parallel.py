@@ -79,6 +79,12 @@ def test_small_passes_are_the_large_batch(tmp_path, alone):
     close(run(tmp_path, kind="fsdp", world=2, MICRO="2"), alone[1])
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_distillation_has_the_losses_of_one_process(tmp_path, kind):
+    losses = run(tmp_path / "one", steps=4, TASK="knowledge")
+    close(run(tmp_path / "two", kind=kind, steps=4, world=2, TASK="knowledge", MICRO="2"), losses)
+
+
 def test_what_is_computed_again_changes_no_bit(tmp_path, alone):
     assert run(tmp_path, RECOMPUTE="1") == alone[1]
 
