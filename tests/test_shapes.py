@@ -52,15 +52,15 @@ def one(shape: str, radius: float = 0.16, x: float = 0.5, y: float = 0.5, angle:
 
 
 def test_scenes_are_pinned() -> None:
-    """The shipped checkpoint was trained on exactly these; a change here is a change of the data set."""
+    """A change here is a change of the data set that the shipped checkpoint was trained on."""
     scenes = [sample_scene(i) for i in range(256)]
     digest = hashlib.sha256("\n".join(scene.caption for scene in scenes).encode()).hexdigest()
-    assert digest[:16] == "0e7ad3255ba51d69"
+    assert digest[:16] == "65c79629c2681526"
     places = np.array([(o.x, o.y, o.radius, o.angle, *o.rgb) for scene in scenes for o in scene.objects])
     np.testing.assert_allclose(
-        places.mean(0), [0.49340, 0.49172, 0.13970, 0.00707, 0.56489, 0.39611, 0.32269], atol=1e-4
+        places.mean(0), [0.49155, 0.49694, 0.13961, 0.00480, 0.54789, 0.40484, 0.35818], atol=1e-4
     )
-    assert render_batch(scenes[:32], 64).mean() == pytest.approx(223.079, abs=0.01)
+    assert render_batch(scenes[:32], 64).mean() == pytest.approx(222.383, abs=0.01)
 
 
 @given(index=indices, seed=st.integers(-5, 5), split=st.sampled_from(("train", "test")))
@@ -96,7 +96,7 @@ def test_objects_lie_apart_inside_and_as_the_caption_says(index: int, seed: int,
 def test_training_shows_every_caption_kind_and_favours_the_harder() -> None:
     kinds = Counter(sample_scene(i, seed=4).skill for i in range(4000))
     assert set(kinds) == set(KINDS)
-    assert min(kinds["position"], kinds["color_attr"], kinds["counting"]) > 4000 / 8
+    assert min(kinds["position"], kinds["color_position"], kinds["counting"]) > 4000 / 8
     assert set(Counter(sample_scene(i, split="test").skill for i in range(200))) == set(SKILLS)
     with pytest.raises(ValueError, match="skill 'colour' is none of single_object"):
         sample_scene(0, skill="colour")

@@ -20,10 +20,10 @@ def test_it_is_small_and_holds_no_pickle():
 def test_its_scores_are_those_recorded(steps):
     """Other captions and noise than the recorded ones, so within four standard errors of both together."""
     recorded = json.loads((SHIPPED / "tiny" / "scores.json").read_text())
-    assert recorded["28 steps"]["overall"] >= 0.6 > recorded["untrained, 28 steps"]["overall"]
+    assert recorded["28 steps"]["overall"] >= 0.9 > recorded["untrained, 28 steps"]["overall"]
     count = 12
     pipe = SnapGenPipeline.from_pretrained("tiny")
-    measured = score_shapes(pipe, steps=steps, guidance=4.0, per_skill=count, seed=7)
+    measured = score_shapes(pipe, steps=steps, guidance=3.0, per_skill=count, seed=7)
     there = recorded[f"{steps} steps"]
     variance = sum(there[s] * (1 - there[s]) * (1 / count + 1 / 100) for s in SKILLS) / len(SKILLS) ** 2
     assert abs(measured["overall"] - there["overall"]) <= 4 * variance**0.5
