@@ -41,7 +41,7 @@ class Player:
 
     Args:
         named: the parameters that it moves.
-        spike: 0 for none.
+        spike: 0 for none; a phase whose gradients are uneven has none either.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Player:
         weight_decay: float,
         spike: float,
     ) -> None:
-        self.phase, self.named, self.spike = phase, named, spike
+        self.phase, self.named, self.spike = phase, named, 0.0 if phase.uneven else spike
         self.parameters: list[nn.Parameter] = list(named.values())
         if not self.parameters:
             raise ValueError(f"task: its phase {phase.name} has nothing to train")

@@ -44,6 +44,8 @@ class Phase:
     """AdamW's moments, where they are not the run's."""
     unused: bool = False
     """Some parameters may have no gradient in a step."""
+    uneven: bool = False
+    """Gradients of some steps are larger than of others by orders of magnitude, by design: size alone is no damage."""
 
 
 class Task(Protocol):

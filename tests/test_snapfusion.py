@@ -278,6 +278,15 @@ def test_gamma_adds_its_share():
     assert loss(0.2) == pytest.approx(1.2 * loss(0.0), rel=1e-5)
 
 
+@pytest.mark.parametrize(("probability", "uneven"), [(0.0, False), (0.1, True), (1.0, False)])
+def test_rare_guided_steps_do_not_look_broken(probability, uneven):
+    objective = StepDistillation(small_fusion(), cfg_probability=probability)
+    (phase,) = objective.phases(None)
+    assert phase.uneven == uneven
+    (phase,) = BlockSkipping(objective).phases(None)
+    assert phase.uneven == uneven
+
+
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_gradients_reach_the_student_alone(probability):
     objective = StepDistillation(small_fusion(), steps=4, cfg_probability=probability)

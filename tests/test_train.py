@@ -164,15 +164,15 @@ class Regression:
 
     name, preset = "regression", SMALL
 
-    def __init__(self, spoil=lambda step, loss: loss):
+    def __init__(self, spoil=lambda step, loss: loss, *, uneven=False):
         self.modules = {"line": nn.Linear(1, 1, bias=False)}
         self.call = dict(self.modules)
         self.averaged = ("line",)
-        self.spoil, self.steps, self.drawn = spoil, 0, []
+        self.spoil, self.uneven, self.steps, self.drawn = spoil, uneven, 0, []
         nn.init.constant_(self.modules["line"].weight, 1.0)
 
     def phases(self):
-        return (Phase(name="line", modules=("line",), loss=self.loss),)
+        return (Phase(name="line", modules=("line",), loss=self.loss, uneven=self.uneven),)
 
     def record(self):
         return {}
@@ -211,6 +211,10 @@ def test_a_broken_gradient_changes_nothing_and_is_counted(tmp_path, bad):
     assert weights(tmp_path / "broken")["guard/line"][2] == 1  # skipped
     assert weights(tmp_path / "broken")["optimizer/line/line.weight/step"] == 119
     assert weights(tmp_path / "broken")["model/line.weight"].isfinite().all()
+    # Where gradients are uneven by design, large ones are taken.
+    uneven = Regression(lambda step, loss: loss * (bad if step == 110 else 1), uneven=True)
+    train(uneven, data(), plan, tmp_path / "uneven", console=QUIET)
+    assert weights(tmp_path / "uneven")["guard/line"][2] == (0 if bad == 1e6 else 1)
     # The first steps have no average to be measured against: only what is not finite is skipped.
     early = Regression(lambda step, loss: loss * (bad if step == 10 else 1))
     train(early, data(), plan, tmp_path / "early", console=QUIET)

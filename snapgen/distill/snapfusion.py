@@ -142,7 +142,9 @@ class StepDistillation:
         def loss(batch: Batch, draws: Draws) -> tuple[Tensor, Figures]:
             return self.loss(task, batch, draws)
 
-        return (Phase(name="denoiser", modules=("denoiser",), loss=loss),)
+        # Guided losses are far larger than plain ones: were they rare, each would look like a broken gradient.
+        mixed = 0 < self.cfg_probability < 1
+        return (Phase(name="denoiser", modules=("denoiser",), loss=loss, uneven=mixed),)
 
     def record(self) -> dict[str, Any]:
         return {
