@@ -28,7 +28,10 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 GOALS_BEGIN, GOALS_END = "<!-- goals:begin -->", "<!-- goals:end -->"
 GPU_GOALS_BEGIN, GPU_GOALS_END = "<!-- gpu-goals:begin -->", "<!-- gpu-goals:end -->"
 SCORES_BEGIN, SCORES_END = "<!-- scores:begin -->", "<!-- scores:end -->"
-SCORES = SHIPPED / "tiny" / "scores.json"  # written by `snapgen eval tiny --untrained -o`
+SCORES = {
+    "": "tiny",
+    "`tiny-4`, ": "tiny-4",
+}  # how rows begin, and whose: of `snapgen eval shapes ... -o`
 _EMPTY = "No rows are recorded yet: `python -m bench` measures this machine and appends them to `bench/results/`."
 _LEGEND = (
     "Medians in milliseconds, providers in turns within one run. *Gain*: the best peer's time over ours. *Stock*: the "
@@ -186,7 +189,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if GPU_GOALS_BEGIN in old:
             new = insert(new, goals.gpu_table(rows), str(options.file), GPU_GOALS_BEGIN, GPU_GOALS_END)
         if SCORES_BEGIN in old:
-            scores = json.loads(SCORES.read_text(encoding="utf-8"))
+            files = {begin: SHIPPED / name / "scores.json" for begin, name in SCORES.items()}
+            scores = {
+                begin + row: values
+                for begin, file in files.items()
+                for row, values in json.loads(file.read_text(encoding="utf-8")).items()
+            }
             new = insert(new, score_table(scores), str(options.file), SCORES_BEGIN, SCORES_END)
     except (MarkerError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,8 +26,8 @@ def generate(
     *,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("out.png"),
     checkpoint: str = "tiny",
-    steps: int = 28,
-    guidance: float = 4.0,
+    steps: int | None = None,
+    guidance: float | None = None,
     seed: int = 0,
     count: int = 1,
     height: int | None = None,
@@ -41,8 +41,8 @@ def generate(
         prompt: What to draw; several prompts give a grid.
         out: Picture file to write (.png, .jpg, .webp).
         checkpoint: A folder saved by training or by diffusers, or the name of a shipped one.
-        steps: Euler steps; 28 is the paper's, 4 is quick.
-        guidance: Classifier-free guidance scale; 1 turns it off.
+        steps: Euler steps; by default the checkpoint's own (tiny: 28, tiny-4: 4).
+        guidance: Classifier-free guidance scale; 1 turns it off. By default the checkpoint's own.
         seed: Same seed, same picture.
         count: Pictures for each prompt.
         height: Pixels; by default what the model was trained at.
@@ -161,7 +161,7 @@ def evaluate(
     checkpoint: Positional[str] = "tiny",
     *,
     steps: tuple[int, ...] = (28, 4),
-    guidance: float = 4.0,
+    guidance: float | None = None,
     per_skill: int = 50,
     seed: int = 0,
     untrained: bool = False,
@@ -173,7 +173,7 @@ def evaluate(
     Args:
         checkpoint: A folder, or the name of a shipped one.
         steps: Numbers of Euler steps to score.
-        guidance: Classifier-free guidance scale.
+        guidance: Classifier-free guidance scale; by default the checkpoint's own.
         per_skill: Captions for each of the six skills.
         seed: Decides captions and noise.
         untrained: Also score the same model with fresh weights.
@@ -185,6 +185,7 @@ def evaluate(
     from snapgen.pipeline import load
 
     pipe = load(checkpoint)
+    guidance = pipe.config.guidance if guidance is None else guidance
     contenders = {"": pipe}
     if untrained:
         contenders["untrained, "] = evaluation.untrained(pipe, seed)

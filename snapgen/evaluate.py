@@ -84,8 +84,7 @@ def untrained(pipe: SnapGenPipeline, seed: int) -> SnapGenPipeline:
         name: module.eval().to(device=pipe.device).to(memory_format=torch.channels_last)
         for name, module in (("denoiser", denoiser), ("text_encoder", text_encoder))
     }
-    settings = dict(joint_text=pipe.config.joint_text, max_tokens=pipe.config.max_tokens)
-    return SnapGenPipeline(**{**pipe.components, **fresh}, **settings)
+    return pipe.having(**fresh)
 
 
 def print_scores(scores: Mapping[str, Scores], console: Console) -> None:

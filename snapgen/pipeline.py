@@ -42,6 +42,8 @@ class SnapGenPipeline(DiffusionPipeline):
         text_encoder_2, tokenizer_2: CLIP-G.
         text_encoder_3, tokenizer_3: Gemma-2-2b.
         max_tokens: tokens of Gemma's part of the context.
+        steps, guidance: how it draws unless a call says otherwise: 28 steps are the paper's; a step-distilled model has
+            its own few, and guidance 1.
     """
 
     _optional_components: ClassVar = [
@@ -69,6 +71,8 @@ class SnapGenPipeline(DiffusionPipeline):
         encoder: Any = None,
         joint_text: bool = False,
         max_tokens: int = 256,
+        steps: int = 28,
+        guidance: float = 4.0,
     ) -> None:
         super().__init__()
         if denoiser.config.in_channels != decoder.config.latent_channels:
@@ -88,7 +92,7 @@ class SnapGenPipeline(DiffusionPipeline):
             tokenizer_3=tokenizer_3,
             encoder=encoder,
         )
-        self.register_to_config(joint_text=joint_text, max_tokens=max_tokens)
+        self.register_to_config(joint_text=joint_text, max_tokens=max_tokens, steps=steps, guidance=guidance)
         self._graphs: Graphs | None = None
 
     @classmethod
@@ -119,6 +123,11 @@ class SnapGenPipeline(DiffusionPipeline):
                 if name not in options and getattr(pipe, name) is not None:
                     _check_complete(getattr(pipe, name), folder / name)
         return pipe
+
+    def having(self, **parts: Any) -> SnapGenPipeline:
+        """A pipeline like this one with other parts in place of some of its own; the rest is shared."""
+        settings = {name: self.config[name] for name in ("joint_text", "max_tokens", "steps", "guidance")}
+        return SnapGenPipeline(**{**self.components, **parts}, **settings)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of `prompt` that a jointly trained text encoder never saw, in order; [] for the large ones."""
@@ -172,7 +181,7 @@ class SnapGenPipeline(DiffusionPipeline):
         batch_size: int = 1,
         height: int | None = None,
         width: int | None = None,
-        guidance: bool = True,
+        guidance: bool | None = None,
         capture: Capture = cuda_capture,
     ) -> SnapGenPipeline:
         """Record denoiser and decoder as CUDA graphs, which every later call replays; returns the pipeline itself.
@@ -184,7 +193,8 @@ class SnapGenPipeline(DiffusionPipeline):
         Args:
             batch_size, height, width: of the pictures that are recorded now; by default one of the size that the model
                 was trained at.
-            guidance: whether there will be classifier-free guidance, which doubles the batch.
+            guidance: whether there will be classifier-free guidance, which doubles the batch; by default whether the
+                pipeline guides by itself.
             capture: how to record.
 
         Raises:
@@ -196,6 +206,8 @@ class SnapGenPipeline(DiffusionPipeline):
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}; must be at least 1")
         rows, columns = (self._cells(n, px, self.decoder.upscale) for n, px in (("height", height), ("width", width)))
+        if guidance is None:
+            guidance = self.config.guidance != 1
         tokens = self.tokenizer.model_max_length if self.config.joint_text else 0  # the large ones pad by themselves
         self._graphs = Graphs(self.denoiser, self.decoder, tokens, capture)
         text = self.embed([""] * batch_size * (1 + guidance))
@@ -213,8 +225,8 @@ class SnapGenPipeline(DiffusionPipeline):
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 28,
-        guidance_scale: float = 4.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -227,8 +239,8 @@ class SnapGenPipeline(DiffusionPipeline):
         Args:
             prompt: one or several.
             height, width: pixels, multiples of `unit`; by default what the model was trained at.
-            num_inference_steps: Euler steps; 28 is the paper's, any number works.
-            guidance_scale: classifier-free guidance; 1 turns it off and halves the work.
+            num_inference_steps: Euler steps, any number; by default the model's own (`config.steps`).
+            guidance_scale: classifier-free guidance; 1 turns it off and halves the work; by default `config.guidance`.
             latents: starting noise [B, C, H, W], instead of noise from `generator`.
             output_type: "pil", "pt" (tensor [B, 3, H, W] in [-1, 1]) or "latent".
             low_memory: decode in less memory (see `TinyDecoder.decode`).
@@ -242,6 +254,8 @@ class SnapGenPipeline(DiffusionPipeline):
             raise ValueError(f"output_type: got {output_type!r}; allowed are 'pil', 'pt' and 'latent'")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt: got {num_images_per_prompt}; must be at least 1")
+        num_inference_steps = self.config.steps if num_inference_steps is None else num_inference_steps
+        guidance_scale = self.config.guidance if guidance_scale is None else guidance_scale
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale: got {guidance_scale}; must be finite")
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]

@@ -133,7 +133,7 @@ class DenoiserTask:
         objective: the loss; flow matching unless given.
         prompts: for the sample grid.
         shift: of the timesteps; the preset's unless given.
-        steps, guidance: how the sample grid is drawn.
+        steps, guidance: how the sample grid is drawn, and what is exported draws unless told otherwise.
         data: what of the data decides the weights, for the run's record.
         side: of the latents, in cells; the preset's unless given.
     """
@@ -236,6 +236,8 @@ class DenoiserTask:
             decoder=self.decoder,
             encoder=self.encoder,
             scheduler=make_scheduler(self.shift),
+            steps=self.steps,
+            guidance=self.guidance,
             **parts,
             **self.text.components(),
         )

@@ -134,7 +134,7 @@ def evolve(
 
     def quality(net: FusionUNet) -> float:
         scores = score_shapes(
-            _with(pipe, net), steps=draw_steps, guidance=guidance, per_skill=per_skill, seed=config.seed
+            pipe.having(denoiser=net), steps=draw_steps, guidance=guidance, per_skill=per_skill, seed=config.seed
         )
         return scores["overall"]
 
@@ -152,7 +152,7 @@ def evolve(
         console=console,
     )
     with io.whole_directory(out / "export") as folder:
-        _with(pipe, net).save_pretrained(folder)
+        pipe.having(denoiser=net).save_pretrained(folder)
     final = io.read_json(out / "report.json")["final"]
     console.print(
         f"evolved to {final['latency']:.2f} ms ({'within' if final['met'] else 'above'} {plan.latency:g} ms), quality "
@@ -341,12 +341,6 @@ def _resolution(pipe: SnapGenPipeline) -> int:
 
 def _prompts() -> list[str]:
     return [caption for skill in ("colors", "position", "color_attr") for caption in eval_captions(skill, 4)]
-
-
-def _with(pipe: SnapGenPipeline, net: nn.Module) -> SnapGenPipeline:
-    """The pipeline with another denoiser, sharing the rest."""
-    settings = dict(joint_text=pipe.config.joint_text, max_tokens=pipe.config.max_tokens)
-    return SnapGenPipeline(**{**pipe.components, "denoiser": net}, **settings)
 
 
 def _latencies(net: FusionUNet, given: Path | None, kept: Path, repeats: int, console: Console) -> LatencyTable:

@@ -40,8 +40,7 @@ def packaged_pipeline(pipe: SnapGenPipeline, folder: str | Path) -> SnapGenPipel
         found["text_encoder"] = PackagedTextEncoder(_chain(folder, "TextEncoder.mlpackage"), pipe.text_encoder, pad)
     if not found:
         raise PackageError(f"{folder}: holds none of the packages that `snapgen export coreml` writes")
-    settings = dict(joint_text=pipe.config.joint_text, max_tokens=pipe.config.max_tokens)
-    return SnapGenPipeline(**{**pipe.components, **found}, **settings)
+    return pipe.having(**found)
 
 
 class _Packaged(nn.Module):
