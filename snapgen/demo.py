@@ -17,7 +17,7 @@ from rich.console import Console
 from snapgen import io, report
 from snapgen.pipeline import SnapGenPipeline
 from snapgen.report import Html, Section
-from snapgen.sections import MANY, SECTIONS, Run
+from snapgen.sections import DISTILLED, MANY, SECTIONS, Run
 
 
 def run(
@@ -49,7 +49,8 @@ def run(
     chosen = {name: section for name, section in SECTIONS.items() if not only or name in only}
     _quiet()
     pipe = SnapGenPipeline.from_pretrained(checkpoint)
-    state = Run(out, str(checkpoint), pipe, per_skill)
+    few = SnapGenPipeline.from_pretrained(DISTILLED) if checkpoint == "tiny" else pipe
+    state = Run(out, str(checkpoint), pipe, per_skill, few)
     console.print(
         f"[bold]SnapGen demo[/]: {', '.join(chosen)}; into {out}; about 2 minutes for all on 2 cores",
         soft_wrap=True,

@@ -88,7 +88,7 @@ def test_wrong_checkpoints_are_named(capsys, tmp_path):
     code, text = run(capsys, "generate", "a circle", "--checkpoint", str(tmp_path / "absent"))
     assert code == 2 and "no such checkpoint folder" in text
     code, text = run(capsys, "export", "coreml", "absent", "-o", str(tmp_path / "packages"))
-    assert code == 2 and "absent: no such checkpoint folder, nor a shipped one (tiny)" in text
+    assert code == 2 and "absent: no such checkpoint folder, nor a shipped one (tiny, tiny-4)" in text
     assert not (tmp_path / "packages").exists()
     code, text = run(capsys, "train", "-o", str(tmp_path / "run"), "--autoencoder", str(tmp_path / "absent"))
     assert code == 2 and "no such file" in text

@@ -32,7 +32,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def state(checkpoint: Path, tmp_path: Path) -> sections.Run:
-    return sections.Run(tmp_path, str(checkpoint), SnapGenPipeline.from_pretrained(checkpoint), per_skill=1)
+    pipe = SnapGenPipeline.from_pretrained(checkpoint)
+    return sections.Run(tmp_path, str(checkpoint), pipe, 1, pipe)
 
 
 def test_training_showed_none_of_the_prompts() -> None:
@@ -59,10 +60,10 @@ def test_pictures_scores_and_path(checkpoint: Path, tmp_path: Path) -> None:
     found = json.loads((report.parent / "scores.json").read_text())
     pipe = SnapGenPipeline.from_pretrained(checkpoint)
     settings: dict[str, Any] = dict(
-        steps=4, guidance=found["guidance"], per_skill=found["per_skill"], seed=found["seed"]
+        steps=4, guidance=found["guidance"]["4 steps"], per_skill=found["per_skill"], seed=found["seed"]
     )
     assert found["scores"]["4 steps"] == score_shapes(pipe, **settings)
-    assert found["scores"].keys() == {"28 steps", "4 steps", "untrained, 28 steps", "untrained, 4 steps"}
+    assert found["scores"].keys() == {"28 steps", "4 steps", "untrained, 28 steps"}
 
     markup = report.read_text(encoding="utf-8")
     assert all(markup.count(f"<figcaption>{prompt}") == 2 for prompt in sections.PROMPTS)
@@ -79,9 +80,7 @@ def test_pictures_scores_and_path(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_denoising_path_ends_where_sampling_does(state: sections.Run) -> None:
     times, seen, expected = sections.denoising_path(state.pipe, "a blue star", steps=7)
-    drawn = state.pipe(
-        "a blue star", latents=seen[:1], num_inference_steps=7, guidance_scale=sections.GUIDANCE, output_type="latent"
-    ).images
+    drawn = state.pipe("a blue star", latents=seen[:1], num_inference_steps=7, output_type="latent").images
     # The last Euler step ends at t = 0, where latents and expectation are one.
     torch.testing.assert_close(expected[-1:], drawn, rtol=1e-4, atol=1e-4)
     assert times[0] == 1 and len(times) == len(seen) == len(expected) == 7

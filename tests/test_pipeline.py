@@ -119,6 +119,23 @@ def test_saved_and_loaded_draws_the_same(tiny, tmp_path):
     assert again.config.joint_text is True
 
 
+def test_a_checkpoint_says_how_it_draws(tmp_path):
+    task = denoiser_task()
+    task.steps, task.guidance = 2, 1.0
+    task.export(tmp_path, task.modules)
+    pipe = SnapGenPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    calls = []
+    pipe.denoiser.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    noise = torch.randn(1, 8, 4, 4)
+    drawn = pipe("a red circle", latents=noise, output_type="latent").images
+    assert calls == [1, 1]
+    told = pipe("a red circle", latents=noise, num_inference_steps=3, guidance_scale=2.0, output_type="latent").images
+    assert calls == [1, 1, 2, 2, 2] and not torch.equal(drawn, told)
+    other = pipe.having(scheduler=pipe.scheduler)
+    assert (other.config.steps, other.config.guidance) == (2, 1.0)
+
+
 def test_halved_weights_load_as_fp32_and_draw_about_the_same(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     before = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
