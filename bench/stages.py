@@ -11,8 +11,8 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import snapgen_kernels
 from bench import limits, models
@@ -119,12 +120,12 @@ def _measure_ranges(case: ModelCase, rounds: int, *, plain: bool, nvtx: bool) ->
     whole: list[float] = []
     with _mode(plain):
         once, costs = _step(case) if case.op == "train" else _picture(case)
-        parts = {name: Part(name, case.op, cost, []) for name, cost in costs.items()}
+        parts = {name: Part(name, name, cost, []) for name, cost in costs.items()}
         for _ in range(2):
             once()
         for _ in range(rounds):
             marks: list[tuple[str, Any, Any]] = []
-            with _ranges(_recorder(marks, partial(_mark, case.device))):
+            with _ranges(_recorder(marks, partial(_mark, case.device), parts)):
                 begin = _mark(case.device)
                 once()
                 end = _mark(case.device)
@@ -132,10 +133,10 @@ def _measure_ranges(case: ModelCase, rounds: int, *, plain: bool, nvtx: bool) ->
                 torch.cuda.synchronize()
             whole.append(_between(begin, end))
             for name, *both in marks:
-                if name in parts:  # and not an operation inside it
-                    parts[name].times.append(_between(*both))
-        with _ranges(nvtx):
-            once()
+                parts[name].times.append(_between(*both))
+        if nvtx:
+            with _ranges(True):
+                once()
     return list(parts.values()), statistics.median(whole)
 
 
@@ -152,25 +153,32 @@ def _picture(case: ModelCase) -> tuple[Callable[[], Any], dict[str, Cost]]:
     pipe = picture.make_pipeline(case)
     counted: list[tuple[str, int, int]] = []
     counter = FlopCounterMode(display=False)
-    with counter, snapgen_kernels.use("reference"), _ranges(_recorder(counted, counter.get_total_flops)):
+    recorder = _recorder(counted, counter.get_total_flops, ("text", "denoise", "decode"))
+    with sdpa_kernel(SDPBackend.MATH), counter, snapgen_kernels.use("reference"), _ranges(recorder):
         picture.draw(pipe, case)
     encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
     networks = {"text": encoders, "denoise": picture.STEPS * [pipe.denoiser], "decode": [pipe.decoder]}
     costs = {}
     for name, begin, end in counted:
-        if name in networks:
-            weights = [p for network in networks[name] for p in network.parameters()]
-            costs[name] = Cost(end - begin, sum(p.numel() * p.element_size() for p in weights))
+        weights = [p for network in networks[name] for p in _read(network)]
+        costs[name] = Cost(end - begin, sum(p.numel() * p.element_size() for p in weights))
     if case.device == "cuda":
         pixels = case.side * pipe.decoder.upscale
         pipe.compile(batch_size=case.batch, guidance=False, height=pixels, width=pixels)
     return lambda: picture.draw(pipe, case), costs
 
 
+def _read(network: nn.Module) -> Iterator[Tensor]:
+    """The weights that a call reads: of tables of embeddings next to nothing."""
+    for module in network.modules():
+        if not isinstance(module, nn.Embedding):
+            yield from module.parameters(recurse=False)
+
+
 def _recorder(
-    marks: list[tuple[str, Any, Any]], mark: Callable[[], Any]
+    marks: list[tuple[str, Any, Any]], mark: Callable[[], Any], names: Collection[str]
 ) -> Callable[[str], AbstractContextManager[None]]:
-    """Ranges that note their name, and `mark()` at both ends."""
+    """Ranges that note their name, if it is one of `names`, and `mark()` at both ends."""
 
     @contextmanager
     def record(name: str) -> Iterator[None]:
@@ -178,7 +186,7 @@ def _recorder(
         yield
         marks.append((name, begin, mark()))
 
-    return record
+    return lambda name: record(name) if name in names else nullcontext()
 
 
 def _count(network: nn.Module, inputs: Sequence[Tensor], parts: Sequence[Part]) -> None:
@@ -313,7 +321,8 @@ def table(parts: Sequence[Part], whole: float, rates: limits.Limits, dtype: torc
         spent, floor, calls = rows.get(key, (0.0, 0.0, 0))
         rows[key] = (spent + part.ms, floor + rates.floor_ms(part.cost, dtype), calls + 1)
     rows[REST] = (max(0.0, whole - sum(spent for spent, _, _ in rows.values())), 0.0, 0)
-    what = "training step" if "backward" in rows else "call of the pipeline" if "decode" in rows else "forward pass"
+    kinds = {part.kind for part in parts}
+    what = "training step" if "backward" in kinds else "call of the pipeline" if "decode" in kinds else "forward pass"
     title = f"{whole:.3f} ms a {what}"
     found = Table(box=box.SIMPLE_HEAD, padding=0, title=title, title_justify="left")
     for heading in (by, "parts", "ms", "share", "floor ms", "of its floor", "above it ms"):
@@ -355,6 +364,9 @@ def _case(options: Stages) -> ModelCase:
     for name in ("side", "batch", "rounds"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    unit = 1 << (len(PRESETS[options.preset].denoiser["channels"]) - 1)
+    if options.side % unit and options.model != "decoder":
+        raise UsageError(f"--side is {options.side}; the denoiser takes multiples of {unit}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch sees no CUDA or ROCm device")
     if options.nvtx:

@@ -41,7 +41,7 @@ done
 # heads.
 mkdir -p "$RUNS/tiny"
 [[ -f "$RUNS/tiny/scores.json" ]] ||
-    $LAUNCH -m snapgen eval shapes tiny --steps 28 4 2 1 --per-skill 100 -o "$RUNS/tiny/scores.json"
+    $LAUNCH -m snapgen eval shapes tiny --steps 28 4 2 1 --per-skill 100 --seed "$SEED" -o "$RUNS/tiny/scores.json"
 for steps in 4 2 1; do
     run "steps-$steps" distill steps --init tiny --teacher tiny --guidance 3 --student-steps "$steps" \
         --teacher-steps $((16 / steps)) --scaling constant --kd-weight 10 --head-lr 10 --steps 400 --warmup 20 --cooldown 0.5 \

@@ -97,7 +97,7 @@ class SnapGenPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> SnapGenPipeline:
-        """Load from a folder, from a name of the hub cache, or a shipped checkpoint by its preset's name ("tiny").
+        """Load from a folder, from a name of the hub cache, or a shipped checkpoint by its name ("tiny", "tiny-4").
 
         Raises:
             io.CheckpointError: a weight file is truncated, a pickle or of another model, or the folder holds no

@@ -53,7 +53,7 @@ def denoiser_task(
 
     Args:
         objective: makes the loss, of the denoiser; flow matching unless given.
-        steps, guidance: how sample grids are drawn.
+        steps, guidance: how sample grids are drawn, and what is exported unless it is told otherwise.
     """
     spec = get_preset(source.preset)
     resolution = source.resolution or spec.resolution

@@ -86,7 +86,8 @@ def draw_pictures(state: Run) -> Section:
         save_grid(pictures, state.out / f"grid-{steps}.png", captions=captions, size=160, columns=4)
     state.hero = galleries[MANY]
     calls, fewer = (n * (2 if p.config.guidance != 1 else 1) for n, p in ((MANY, state.pipe), (FEW, state.few)))
-    who = "This model is not" if state.few is state.pipe else f"These are by {DISTILLED}, which was"
+    few = "is" if state.few.config.steps == FEW else "is not"
+    who = f"This model {few}" if state.few is state.pipe else f"These are by {DISTILLED}, which was"
     body = report.join(
         report.paragraph(
             f"Same prompts, same noise as above, but {FEW} Euler steps instead of {MANY}, and {fewer} calls of the "
@@ -100,7 +101,7 @@ def draw_pictures(state: Run) -> Section:
         title=f"{FEW} steps instead of {MANY}",
         body=body,
         command=f'snapgen generate "{PROMPTS[1]}" -o out.png --steps {FEW}'
-        + f" --checkpoint {DISTILLED}" * (state.few is not state.pipe),
+        + f" --checkpoint {state.checkpoint if state.few is state.pipe else DISTILLED}",
         summary=f"right: {right[MANY]} of {len(PROMPTS)} at {MANY} steps, {right[FEW]} at {FEW}",
     )
 

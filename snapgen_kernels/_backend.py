@@ -205,8 +205,8 @@ _ranges: ContextVar[Ranges | None] = ContextVar("snapgen_kernels_ranges", defaul
 
 
 def profile_ranges(enabled: bool | Ranges) -> None:
-    """Turn the ranges around fused ops, and around the parts of `snapgen`'s training steps, on or off in this thread or
-    task (off by default).
+    """Turn the ranges around fused ops, and around the parts of `snapgen`'s pictures and training steps, on or off in
+    this thread or task (off by default).
 
     Args:
         enabled: True for NVTX ranges; or what makes a context manager of a range's name, for another profiler.

@@ -345,7 +345,7 @@ def dtype_seen(tensor: Tensor) -> torch.dtype:
 
 
 def _on_its_device(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """The launcher with its first tensor's GPU as the current one, inside an NVTX range."""
+    """The launcher with its first tensor's GPU as the current one, inside a profiler's range."""
 
     def launch(*args: Any) -> Any:
         with torch.cuda.device(args[0].device), _backend.profile_range(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -65,6 +66,8 @@ def test_a_picture_is_timed_from_its_prompt_on() -> None:
     assert decode.cost.flops == pytest.approx(once, rel=1e-3)
     weights = sum(p.numel() for p in models.without_memory(SMALL["denoiser"]).parameters())
     assert denoise.cost.bytes == picture.STEPS * 4 * weights and text.cost.flops > 0
+    words = len(picture.PROMPT.split()) + 2
+    assert denoise.cost.flops == picture.STEPS * models.costs(replace(SMALL["denoiser"], tokens=words))[0]
     models.release()
 
 
@@ -118,7 +121,7 @@ def test_ranges_are_named_after_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         Stages(preset="tiny", side=2, rounds=1),
         Stages(preset="tiny", side=2, plain=True),
         Stages("train", "tiny"),
-        Stages("picture", "tiny", side=8, batch=2),
+        Stages("picture", "tiny", side=8, batch=2, by="op"),
     ],
 )
 def test_the_command_prints_the_table(options: Stages) -> None:
@@ -128,7 +131,9 @@ def test_the_command_prints_the_table(options: Stages) -> None:
     assert row in text.getvalue() and "next: " in text.getvalue()
 
 
-@pytest.mark.parametrize("wrong", [dict(preset="huge"), dict(preset="tiny-teacher"), dict(side=0), dict(rounds=0)])
+@pytest.mark.parametrize(
+    "wrong", [dict(preset="huge"), dict(preset="tiny-teacher"), dict(side=0), dict(side=3), dict(rounds=0)]
+)
 def test_what_cannot_be_measured_is_refused(wrong: dict) -> None:
     text = StringIO()
     assert main(Stages(**wrong), Console(file=text, width=120)) == 2

@@ -87,6 +87,20 @@ def test_denoising_path_ends_where_sampling_does(state: sections.Run) -> None:
     assert all(before > after for before, after in zip(times, times[1:], strict=False))
 
 
+def test_few_steps_are_the_distilled_models(state: sections.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    blank = [Image.new("RGB", (32, 32))] * len(sections.PROMPTS)
+    monkeypatch.setattr(evaluate, "draw", lambda pipe, *_, **named: drawn.append((pipe, named)) or blank)
+    own = sections.draw_pictures(state)
+    assert "This model is not distilled" in str(own.body) and f"--checkpoint {state.checkpoint}" in own.command
+    state.few = SnapGenPipeline.from_pretrained(sections.DISTILLED)
+    section = sections.draw_pictures(state)
+    assert [pipe for pipe, _ in drawn] == [state.pipe, state.pipe, state.pipe, state.few]
+    assert (drawn[3][1]["steps"], drawn[3][1]["guidance"]) == (4, 1.0)
+    assert "4 calls of the denoiser instead of 56" in str(section.body).replace("\n", " ")
+    assert f"--checkpoint {sections.DISTILLED}" in section.command
+
+
 def test_untrained_has_fresh_weights_and_leaves_the_rest_alone(state: sections.Run) -> None:
     before, random = {k: v.clone() for k, v in state.pipe.denoiser.state_dict().items()}, torch.get_rng_state()
     fresh, again = evaluate.untrained(state.pipe, 1), evaluate.untrained(state.pipe, 1)

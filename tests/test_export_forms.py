@@ -135,15 +135,15 @@ def test_a_folder_without_packages_is_refused(pipe, tmp_path):
 @pytest.mark.complete
 def test_shipped_model_s_packages_score_as_it_does(tmp_path):
     """Four steps of the shipped model by its packages alone: the checker sees what it sees in PyTorch's pictures."""
-    pipe = SnapGenPipeline.from_pretrained("tiny")
-    export_pipeline(pipe, tmp_path, Options(steps=4))
+    pipe = SnapGenPipeline.from_pretrained("tiny-4")
+    export_pipeline(pipe, tmp_path, Options(steps=4, batch=1))
     console = Console(file=StringIO())
     scores = [
-        evaluate.score_shapes(who, steps=4, guidance=4.0, per_skill=2, seed=0, console=console)
+        evaluate.score_shapes(who, steps=4, guidance=1.0, per_skill=2, seed=0, console=console)
         for who in (pipe, packaged_pipeline(pipe, tmp_path))
     ]
     assert scores[0] == scores[1]
-    assert scores[0]["overall"] > 0.3
+    assert scores[0]["overall"] > 0.7
 
 
 # --- a preset without weights ---------------------------------------------------------------------------------------

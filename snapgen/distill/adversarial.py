@@ -9,8 +9,7 @@ a head is three convolutions that judge every place of the grid, and the loss is
 one.
 
 Guidance is folded into the student: L_kd has the teacher's guided velocity as its target, or the mean of several on the
-way to the student's next time (`teacher_steps`, ours). The student is drawn without guidance:
-`pipe(prompt, num_inference_steps=4, guidance_scale=1)`.
+way to the student's next time (`teacher_steps`, ours). The student is drawn without guidance.
 """
 
 from __future__ import annotations

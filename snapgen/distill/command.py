@@ -109,7 +109,7 @@ def distill_steps(
 ) -> Path:
     """Teach a trained denoiser to draw in a few steps, without guidance. Run the same command again to resume.
 
-    Draw from it with its own number of steps: `snapgen generate ... --steps 4 --guidance 1`.
+    What it exports draws in its own number of steps, without guidance, unless told otherwise.
 
     Args:
         out: The run's folder: checkpoints, sample grids, TensorBoard, and at the end export/.

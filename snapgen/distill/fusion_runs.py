@@ -100,7 +100,7 @@ def distill_fusion(
     dataset = open_dataset(data, _resolution(pipe), seed=config.seed)
     task = _task(pipe, net, PipelineText(pipe), objective, data, steps=student_steps)
     exported = train(task, dataset, config, out, console=console)
-    console.print(f"distilled; draw with: snapgen generate ... --steps {student_steps} --checkpoint {exported}")
+    console.print(f"distilled; draw with: snapgen generate ... --checkpoint {exported}")
 
 
 def evolve(
@@ -296,6 +296,7 @@ def _task(
         objective=objective,
         prompts=_prompts(),
         steps=steps,
+        guidance=pipe.config.guidance,
         data={"data": data, "init": fingerprint([net])},
     )
 

@@ -22,10 +22,10 @@ from snapgen import io, seeds
 class DrawConfig:
     """How to draw. It is recorded with the pictures, which no other goes on with."""
 
-    steps: int = 28
-    """Euler steps."""
-    guidance: float = 4.0
-    """Classifier-free guidance scale."""
+    steps: int | None = None
+    """Euler steps; by default the checkpoint's own."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; by default the checkpoint's own."""
     per_prompt: int = 4
     """Pictures of each prompt."""
     batch_size: int = 8
@@ -35,8 +35,15 @@ class DrawConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "per_prompt", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}; must be at least 1")
+
+    def of(self, pipe: Any) -> DrawConfig:
+        """The same, with what was left open as `pipe` draws by itself."""
+        steps = pipe.config.steps if self.steps is None else self.steps
+        guidance = pipe.config.guidance if self.guidance is None else self.guidance
+        return dataclasses.replace(self, steps=steps, guidance=guidance)
 
     def record(self) -> dict[str, Any]:
         """What decides the pictures, for JSON."""

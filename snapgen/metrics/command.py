@@ -28,8 +28,8 @@ BATCH = 16  # pictures that a network is given at once
 def main_digits(
     checkpoint: Positional[str],
     *,
-    steps: tuple[int, ...] = (28,),
-    guidance: float = 4.0,
+    steps: tuple[int, ...] = (),
+    guidance: float | None = None,
     per_digit: int = 100,
     seed: int = 0,
     untrained: bool = False,
@@ -40,8 +40,8 @@ def main_digits(
 
     Args:
         checkpoint: A folder that `snapgen train --preset digits --data digits` exported.
-        steps: Numbers of Euler steps to score.
-        guidance: Classifier-free guidance scale.
+        steps: Numbers of Euler steps to score; by default the checkpoint's own.
+        guidance: Classifier-free guidance scale; by default the checkpoint's own.
         per_digit: Samples of each digit.
         seed: Decides the noise.
         untrained: Also score the same model with fresh weights.
@@ -52,13 +52,14 @@ def main_digits(
     from snapgen.pipeline import load
 
     pipe, console = load(checkpoint).to(own_device()), console or Console()
+    guidance = pipe.config.guidance if guidance is None else guidance
     contenders = {"": pipe, **({"untrained, ": fresh(pipe, seed)} if untrained else {})}
     scores = {
         f"{who}{count} steps": score_digits(
             contender, steps=count, guidance=guidance, per_digit=per_digit, seed=seed, console=console
         )
         for who, contender in contenders.items()
-        for count in steps
+        for count in steps or (pipe.config.steps,)
     }
     print_digits(scores, console)
     return _written(scores, out)
@@ -344,6 +345,8 @@ def _draw_captions(
     from snapgen.metrics.benchmarks import claim, draw_files
     from snapgen.pipeline import load
 
+    pipe = load(checkpoint)
+    config = config.of(pipe)
     claim(out, {"captions": len(captions), "checkpoint": checkpoint, **config.record()})
     count = config.per_prompt
     files = [
@@ -351,7 +354,7 @@ def _draw_captions(
         for number, caption in enumerate(captions)
         for sample in range(count)
     ]
-    draw_files(load(checkpoint).to(own_device()), files, config, console)
+    draw_files(pipe.to(own_device()), files, config, console)
     return [(path, caption) for _, caption, path in files]
 
 

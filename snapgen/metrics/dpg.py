@@ -68,6 +68,7 @@ def draw(pipe: Any, prompts: Mapping[str, str], out: Path, config: DrawConfig, c
     """
     if config.per_prompt not in (1, 4):
         raise ValueError(f"per_prompt: got {config.per_prompt}; a sheet holds 1 or 4 pictures")
+    config = config.of(pipe)
     claim(out, {"benchmark": "DPG-Bench", "prompts": len(prompts), **config.record()})
     count = config.per_prompt
     files = {name: [out / "single" / f"{name}-{sample}.png" for sample in range(count)] for name in prompts}

@@ -101,6 +101,7 @@ def draw(
     Raises:
         ValueError: `out` holds pictures that were drawn in another way.
     """
+    config = config.of(pipe)
     claim(out, {"benchmark": "GenEval", "prompts": len(prompts), **config.record()})
     wanted = []
     for number, entry in enumerate(prompts):
