@@ -70,6 +70,15 @@ def test_other_shapes_are_recorded_when_they_come(pipe):
         assert recorder.captured == 4
 
 
+def test_a_distilled_model_is_recorded_as_it_draws():
+    pipe = SnapGenPipeline.from_pretrained("tiny-4")
+    pipe.set_progress_bar_config(disable=True)
+    recorder = Recorder()
+    pipe.compile(capture=recorder)
+    draw(pipe, "a red circle", num_inference_steps=None)
+    assert recorder.captured == 2 and recorder.replayed == 2 + 4 + 1  # without guidance, in four steps, and decoded
+
+
 def test_weights_changed_in_place_are_seen_and_moved_ones_recorded_anew(pipe):
     recorder = Recorder()
     pipe.compile(capture=recorder)
