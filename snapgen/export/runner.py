@@ -64,7 +64,7 @@ class _Packaged(nn.Module):
         parts: list[dict[str, Tensor]] = []
         for first in range(0, count, batch):
             rows = torch.arange(first, first + batch).clamp(max=count - 1)  # the last group repeats its last sample
-            shared = {name for name, size in sizes.items() if size < batch}
+            shared = {name for name, value in inputs.items() if sizes[name] < batch or value.shape[0] == 1 < count}
             parts.append(self.program({n: v if n in shared else v[rows] for n, v in inputs.items()}))
         return {name: torch.cat([part[name].float() for part in parts])[:count] for name in parts[0]}
 
