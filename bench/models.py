@@ -353,10 +353,9 @@ def costs(case: ModelCase) -> tuple[int, int]:
 
 def _costs(case: ModelCase) -> tuple[int, int]:
     if case.op == "train":
-        (forward, weights), (backward, _) = (step_costs(case)[name] for name in ("forward", "backward"))
-        _, batch, _ = _step_without_memory(case)
-        read = batch.images if batch.latents is None else batch.latents
-        return forward + backward, 6 * weights + read.numel() * 4
+        parts = step_costs(case)
+        (forward, read), (backward, twice) = parts["forward"], parts["backward"]
+        return forward + backward, read + 5 * twice // 2
     network = without_memory(case)
     inputs = feeds(case, device="meta")
     with plain(), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -366,21 +365,25 @@ def _costs(case: ModelCase) -> tuple[int, int]:
 
 
 def step_costs(case: ModelCase) -> dict[str, tuple[int, int]]:
-    """The same of a training step's parts, by the names of their ranges. Weights are fp32: the passes read them, the
-    optimizer reads and writes them and two moments and reads gradients, averages read them and are read and written."""
+    """The same of a training step's parts, by the names of their ranges. Weights are fp32: the forward reads them and
+    the batch, the backward reads them and writes gradients, the optimizer reads and writes them and two moments and
+    reads gradients, averages read them and are read and written."""
     from snapgen.seeds import Draws
 
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward_flops})
     with sdpa_kernel(SDPBackend.MATH), plain(), torch.inference_mode(False), counter:
-        task, batch, device = _step_without_memory(case)
+        # The tiny text encoder looks at its tokens, so that it has to have some; all else needs no memory.
+        device = "meta" if PRESETS[case.preset].encoder is None or case.narrow > 1 else "cpu"
+        task, batch = make_task(replace(case, device="cpu"), device=device)
         (phase,) = task.phases()
         loss, _ = phase.loss(batch, Draws(0, 0, batch.positions, device=device))
         forward = counter.get_total_flops()
         loss.backward()
     weights = 4 * sum(p.numel() for module in task.modules.values() for p in module.parameters())
     backward = counter.get_total_flops() - forward
+    read = batch.images if batch.latents is None else batch.latents
     return {
-        "forward": (forward, weights),
+        "forward": (forward, weights + 4 * read.numel()),
         "backward": (backward, 2 * weights),
         "optimizer": (0, 7 * weights),
         "average": (0, 3 * weights),
@@ -393,13 +396,6 @@ def _backward_flops(dy: Sequence[int], x: Sequence[int], weight: Sequence[int], 
     _, _, _, _, transposed, _, _, needs = rest
     per_pixel = math.prod(weight[1:])
     return 2 * math.prod(x if transposed else dy) * per_pixel * (int(needs[0]) + int(needs[1]))
-
-
-def _step_without_memory(case: ModelCase) -> tuple[Any, Any, str]:
-    """Task, batch and device of a step that is counted: the tiny text encoder looks at its tokens, so that it has to
-    have some; all else needs no memory."""
-    device = "meta" if PRESETS[case.preset].encoder is None or case.narrow > 1 else "cpu"
-    return *make_task(replace(case, device="cpu"), device=device), device
 
 
 # ---- correctness -----------------------------------------------------------------------------------------------------
