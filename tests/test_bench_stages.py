@@ -66,6 +66,9 @@ def test_a_picture_is_timed_from_its_prompt_on() -> None:
     assert decode.cost.flops == pytest.approx(once, rel=1e-3)
     weights = sum(p.numel() for p in models.without_memory(SMALL["denoiser"]).parameters())
     assert denoise.cost.bytes == picture.STEPS * 4 * weights and text.cost.flops > 0
+    pipe = picture.make_pipeline(case)
+    tables = sum(m.weight.numel() for m in pipe.text_encoder.modules() if isinstance(m, torch.nn.Embedding))
+    assert tables > 0 and text.cost.bytes == 4 * (sum(p.numel() for p in pipe.text_encoder.parameters()) - tables)
     words = len(picture.PROMPT.split()) + 2
     assert denoise.cost.flops == picture.STEPS * models.costs(replace(SMALL["denoiser"], tokens=words))[0]
     models.release()

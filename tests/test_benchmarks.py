@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,12 @@ def test_geneval_is_drawn_into_its_folders_and_gone_on_with(pipe: Any, tmp_path:
                 assert np.abs(np.asarray(now, int) - np.asarray(then, int)).max() <= 1
     with pytest.raises(ValueError, match="steps was 1, now 2"):
         geneval.draw(pipe, prompts, tmp_path / "out", DrawConfig(steps=2, per_prompt=2))
+
+
+def test_what_is_left_open_is_as_the_checkpoint_draws():
+    pipe = SimpleNamespace(config=SimpleNamespace(steps=4, guidance=1.0))
+    assert DrawConfig().of(pipe).record() == dict(steps=4, guidance=1.0, per_prompt=4, seed=0)
+    assert DrawConfig(steps=7, guidance=2.0).of(pipe).record() == dict(steps=7, guidance=2.0, per_prompt=4, seed=0)
 
 
 def test_dpg_is_drawn_as_sheets(pipe: Any, tmp_path: Path) -> None:
