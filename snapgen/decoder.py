@@ -16,7 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from snapgen_kernels import DecoderBlock, GroupNormSiLU, Norm, SepConv2d, malloc_keeps_pages
-from snapgen_kernels.decoding import apply_block, norm_silu_conv, runs_in_place
+from snapgen_kernels.decoding import apply_block, norm_silu_conv, runs_directly
 
 Progress = Callable[[int, int], None]
 
@@ -82,7 +82,7 @@ class TinyDecoder(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the latents have another number of channels.
         """
-        if runs_in_place(latents):
+        if runs_directly(latents):
             return self._draw(latents)
         x = self._entered(latents)
         for index, stage in enumerate(self.stages):
@@ -117,7 +117,8 @@ class TinyDecoder(ModelMixin, ConfigMixin):
         return Norm(self.norm_out.num_groups, self.norm_out.weight, self.norm_out.bias, self.norm_out.eps)
 
     def _draw(self, latents: Tensor, *, low_memory: bool | None = None, progress: Progress | None = None) -> Tensor:
-        """What `forward` computes, without gradients: every block writes over its input."""
+        """What `forward` computes, without gradients: the last block leaves the statistics of the norm after it, and on
+        a CPU every block writes over its input."""
         x, norm = self._entered(latents), self._norm()
         parts: list[tuple[nn.Module, int]] = []  # with the multiply-accumulates of each
         pixels = x.shape[0] * x.shape[2] * x.shape[3]

@@ -6,6 +6,7 @@ Importing this package compiles nothing, looks at no device and sets no global: 
 from snapgen_kernels._backend import FusedUnavailable, backends, malloc_keeps_pages, profile_range, profile_ranges, use
 from snapgen_kernels.attention import CrossAttention, MultiQueryAttention, attention
 from snapgen_kernels.decoder_block import DecoderBlock, decoder_block
+from snapgen_kernels.decoding import norm_silu_conv
 from snapgen_kernels.geglu import GEGLUFeedForward, geglu
 from snapgen_kernels.group_norm_silu import GroupNormSiLU, Norm, group_norm_silu
 from snapgen_kernels.qk_norm_rope import qk_norm_rope, rope_2d
@@ -29,6 +30,7 @@ __all__ = [
     "geglu",
     "group_norm_silu",
     "malloc_keeps_pages",
+    "norm_silu_conv",
     "profile_range",
     "profile_ranges",
     "qk_norm_rope",

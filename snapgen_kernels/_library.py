@@ -216,7 +216,7 @@ def register(
             if launcher is not None:
                 suffix = ("", "_backward")[index]
                 if device_type == "cuda":
-                    launcher = _on_its_device(f"snapgen::{name}{suffix}", launcher)
+                    launcher = on_its_device(f"snapgen::{name}{suffix}", launcher)
                 kernel = on(device_type, launcher, default[index], index * outputs)
                 LIBRARY.impl(name + suffix, kernel, device_type.upper())
     _backend.KERNELS[name] = kernels
@@ -344,7 +344,7 @@ def dtype_seen(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type)
 
 
-def _on_its_device(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
     """The launcher with its first tensor's GPU as the current one, inside a profiler's range."""
 
     def launch(*args: Any) -> Any:

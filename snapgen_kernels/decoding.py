@@ -1,7 +1,9 @@
-"""What a decoder's inference adds to its ops: blocks that write over their input, and its last layer.
+"""What a decoder's inference adds to its ops: blocks that tell the next norm its statistics and, on a CPU, write over
+their input; and its last layer.
 
-Both functions compute without gradients and follow the mode of :func:`snapgen_kernels.use` as ops do. Their own kernels
-are the CPU's; elsewhere the first is the block's op, and the second a convolution after :func:`group_norm_silu`.
+Both functions compute without gradients and follow the mode of :func:`snapgen_kernels.use` as ops do. They are no
+registered ops: under autocast and torch.compile they are the block's op and a convolution after
+:func:`group_norm_silu`.
 
 Formula of :func:`norm_silu_conv`, for x [B, C, H, W] and few outputs::
 
@@ -19,13 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from snapgen_kernels import _backend
-from snapgen_kernels._library import check_groups, check_image, check_shape
+from snapgen_kernels._library import check_groups, check_image, check_shape, on_its_device
 from snapgen_kernels.decoder_block import DecoderBlock
 from snapgen_kernels.decoder_block import _unsupported as _block_unsupported
 from snapgen_kernels.group_norm_silu import Norm, group_norm_silu
 from snapgen_kernels.group_norm_silu import reference as group_norm_silu_reference
+from snapgen_kernels.sepconv import unsupported_dtypes, unsupported_layout
 
 NAME = "norm_silu_conv"
+_backend.KERNELS[NAME] = ("cpu", "cuda")
+MAX_OUTPUTS = 3  # of the GPU's kernel: all taps of them are one product's columns
 Progress = Callable[[float], None]
 Statistics = tuple[Tensor, Tensor]
 
@@ -36,21 +41,25 @@ def reference(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _unsupported(x: Tensor, norm: Norm, weight: Tensor, bias: Tensor) -> str | None:
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"x has dtype {x.dtype}; the kernels take float32 and bfloat16"
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.dtype != x.dtype:
-            return f"{name} has dtype {tensor.dtype}; expected that of x, {x.dtype}"
-    for name, tensor in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
-        if tensor.dtype not in (torch.float32, x.dtype):
-            return f"{name} has dtype {tensor.dtype}; the kernels take float32 or the dtype of x ({x.dtype})"
-    return None
+    norms = (("norm.weight", norm.weight), ("norm.bias", norm.bias))
+    reason = unsupported_dtypes(x, (("weight", weight), ("bias", bias)), norms) or _indirect(x)
+    if reason is None and x.device.type == "cuda" and weight.shape[0] > MAX_OUTPUTS:
+        reason = f"weight has {weight.shape[0]} outputs; the GPU kernel takes up to {MAX_OUTPUTS}"
+    return reason
 
 
-def runs_in_place(x: Tensor) -> bool:
-    """True where :func:`apply_block` is a kernel of its own, on a CPU, and may be used: no gradient is recorded and
-    nothing is traced."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or _backend.is_reference():
+def _indirect(x: Tensor) -> str | None:
+    """None where kernels may be called on tensors as they are, else the reason."""
+    if torch.compiler.is_compiling():
+        return "called under torch.compile"
+    casts = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return "called under autocast" if casts else None
+
+
+def runs_directly(x: Tensor) -> bool:
+    """True where :func:`apply_block` has kernels for the device of ``x``, and they may be used: no gradient is
+    recorded, nothing is traced or cast."""
+    if torch.is_grad_enabled() or _backend.is_reference() or _indirect(x) is not None:
         return False
     return _backend.missing_kernel("decoder_block", x.device.type) is None
 
@@ -81,11 +90,8 @@ def norm_silu_conv(
     check_shape(NAME, "norm.bias", norm.bias, (channels,), x)
     check_shape(NAME, "weight", weight, (weight.shape[0], channels, 3, 3), x)
     check_shape(NAME, "bias", bias, (weight.shape[0],), x)
-    on_cpu = x.device.type == "cpu"
-    if on_cpu and _backend.select("decoder_block", x.device.type, _unsupported(x, norm, weight, bias)):
-        from snapgen_kernels._cpu import decoder_block as kernels
-
-        return kernels.norm_conv(x, norm, weight, bias, statistics)
+    if _backend.select(NAME, x.device.type, _unsupported(x, norm, weight, bias) or unsupported_layout(x)):
+        return _kernels(x.device.type)[1](x, norm, weight, bias, statistics)
     return F.conv2d(group_norm_silu(x, *norm), weight, bias, padding=1)
 
 
@@ -98,23 +104,32 @@ def apply_block(
     next_norm: Norm | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Statistics | None]:
-    """``block(x)`` without gradients, in x's own memory where the kernel can: x must not be used again.
+    """``block(x)`` without gradients, on a CPU in x's own memory where the kernel can: x must not be used again.
 
     Args:
         memory: bytes that the call may take beside x, None: any. Less than the middle image needs: that is computed
             twice.
         next_norm: a norm that follows on y.
-        progress: called with the share of the work that is done.
+        progress: on a CPU, called with the share of the work that is done.
 
     Returns:
         y, and mean and rstd of y's groups if ``next_norm`` is given and the kernel had them at hand.
     """
-    if x.device.type != "cpu":
-        middle = x[:, :1].numel() * block.depthwise2.out_channels * x.element_size()
-        return block(x, low_memory=memory is not None and memory < middle), None
-    if _backend.select("decoder_block", x.device.type, _block_unsupported(x, block.weights())):
-        from snapgen_kernels._cpu import decoder_block as kernels
+    weights, num_groups, eps = block.weights(), block.norm.num_groups, block.norm.eps
+    reason = _block_unsupported(x, weights) or _indirect(x) or unsupported_layout(x)
+    if _backend.select("decoder_block", x.device.type, reason):
+        following = None if next_norm is None else (next_norm.num_groups, next_norm.eps)
+        return _kernels(x.device.type)[0](x, weights, num_groups, eps, memory, following, progress)
+    middle = x[:, :1].numel() * block.depthwise2.out_channels * x.element_size()
+    return block(x, low_memory=memory is not None and memory < middle), None
 
-        groups = None if next_norm is None else (next_norm.num_groups, next_norm.eps)
-        return kernels.inplace(x, block.weights(), block.norm.num_groups, block.norm.eps, memory, groups, progress)
-    return block(x), None
+
+def _kernels(device_type: str) -> tuple[Callable[..., tuple[Tensor, Statistics | None]], Callable[..., Tensor]]:
+    """The launchers of both functions."""
+    if device_type == "cpu":
+        from snapgen_kernels._cpu import decoder_block as cpu
+
+        return cpu.inplace, cpu.norm_conv
+    from snapgen_kernels._triton import decoder_block, norm_conv
+
+    return on_its_device("decoder_block", decoder_block.apply), on_its_device(NAME, norm_conv.norm_conv)

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from snapgen_kernels._triton import common, depthwise_backward, norm_backward, tuning, weight_gradient
 from snapgen_kernels._triton.common import Build
-from snapgen_kernels._triton.decoder_block import normed_configs, prepared
+from snapgen_kernels._triton.decoder_block import prepared
 from snapgen_kernels._triton.norm_backward import activation, centred
 from snapgen_kernels._triton.normalise import Affine
+from snapgen_kernels._triton.normed_product import normed_configs
 from snapgen_kernels._triton.pointwise import ProductConfig, are_whole, filling, pointwise, precisions, product
 from snapgen_kernels._triton.sepconv_backward import gradients
 from snapgen_kernels._triton.weight_gradient import new_parts

@@ -198,7 +198,7 @@ DECODER_LAUNCHED = {
     "1: product of dy": "pointwise_kernel",
 }
 DECODER_FILES = ("decoder_block", "decoder_block_backward", "depthwise", "depthwise_backward", "norm_backward",
-                 "pointwise", "weight_gradient", "group_norm_silu_backward")  # fmt: skip
+                 "normed_product", "pointwise", "weight_gradient", "group_norm_silu_backward")  # fmt: skip
 
 
 def test_kernels_of_the_decoder_are_those_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,23 @@ def test_last_layer_takes_statistics_and_empty_batches() -> None:
     assert norm_silu_conv(x[:0], norm, weight, bias).shape == (0, 3, 5, 7)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_under_autocast_weights_are_cast(dtype: torch.dtype) -> None:
+    """Weights are fp32 and x is what a convolution gives under autocast: kernels called directly cast nothing."""
+    torch.manual_seed(3)
+    block = DecoderBlock(16, num_groups=4)
+    head = _head(1, 16, 9, 7, 3, torch.float32, "channels_last")
+    x = torch.randn(1, 16, 9, 7).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y, statistics = apply_block(block, x, next_norm=head[1])
+        pictures = norm_silu_conv(y, *head[1:])
+        expected = block(x)
+    assert statistics is None and pictures.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    right = reference(expected.float(), *head[1:])
+    assert (pictures - right).norm() / right.norm() < 4 * torch.finfo(torch.bfloat16).eps
+
+
 def test_last_layer_names_what_does_not_fit() -> None:
     x, norm, weight, bias = _head(1, 12, 5, 7, 3, torch.float32, "channels_last")
     with pytest.raises(ValueError, match=r"weight has shape \(3, 11, 3, 3\)"):

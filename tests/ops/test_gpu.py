@@ -17,6 +17,8 @@ from torch import Tensor
 import snapgen_kernels
 from snapgen_kernels import _backend, checks
 from snapgen_kernels.attention import reference as attention_reference
+from snapgen_kernels.decoding import apply_block
+from snapgen_kernels.decoding import reference as norm_silu_conv_reference
 from snapgen_kernels.qk_norm_rope import reference as qk_norm_rope_reference
 from snapgen_kernels.testing import LAYOUTS, SPECS, Case, Inputs, bench_cases, small_cases
 from tests.ops import configs
@@ -534,6 +536,77 @@ def test_65536_tokens(rope: int) -> None:
     """Output and every gradient within the bound, fp64 a few thousand rows at a time."""
     _needs_memory(40 << 30)
     _check_long_attention(65536, 14, rope, step=256)
+    torch.cuda.empty_cache()
+
+
+# ---- the decoder's inference -----------------------------------------------------------------------------------------
+
+
+def _last_layer(batch: int, channels: int, side: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(DEVICE, dtype)
+
+    torch.manual_seed(0)
+    x = draw(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+    norm = snapgen_kernels.Norm(4, draw(channels), draw(channels), 1e-6)
+    return x, norm, draw(3, channels, 3, 3) / (9 * channels) ** 0.5, draw(3)
+
+
+def _exact_last_layer(x: Tensor, norm: Any, weight: Tensor, bias: Tensor) -> Tensor:
+    wide = norm._replace(weight=norm.weight.double(), bias=norm.bias.double())
+    return norm_silu_conv_reference(x.double(), wide, weight.double(), bias.double())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 128, 256), (1, 20, 37)], ids=str)
+def test_the_last_layer_in_every_config(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    from snapgen_kernels._triton import norm_conv, tuning
+    from snapgen_kernels._triton.pointwise import are_whole
+
+    arguments = _last_layer(*shape, dtype)
+    exact, plain = _exact_last_layer(*arguments), norm_silu_conv_reference(*arguments)
+    plans, _ = norm_conv.plans(arguments[0], 3)
+    choices = [("norm_conv", plan) for plan in (*plans, norm_conv.Plan(1, 5))]
+    choices += [("norm_conv.taps", c) for c in norm_conv.taps_configs(dtype, "ieee", are_whole(shape[1]))]
+    choices += [("norm_conv.sum", config) for config in norm_conv.SUM_CONFIGS]
+    for kernel, config in choices:
+        with tuning.forced(kernel, config), snapgen_kernels.use("fused"):
+            found = [snapgen_kernels.norm_silu_conv(*arguments) for _ in range(2)]
+        assert torch.equal(*found), (kernel, config)
+        checks.assert_close(f"{kernel} {config}", found[0], plain, exact)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_blocks_tell_the_next_norm(dtype: torch.dtype, low_memory: bool) -> None:
+    """y is the op's, to the bit; the statistics are y's."""
+    torch.manual_seed(1)
+    block = snapgen_kernels.DecoderBlock(64, num_groups=8).to(DEVICE, dtype)
+    x = torch.randn(2, 64, 512, 512, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
+    norm = snapgen_kernels.Norm(8, block.norm.weight[:64], block.norm.bias[:64], 1e-6)
+    with torch.no_grad():
+        expected = block(x, low_memory=low_memory)
+        y, told = apply_block(block, x, memory=0 if low_memory else None, next_norm=norm)
+    assert torch.equal(y, expected) and told is not None
+    groups = y.double().reshape(2, 8, -1)
+    deviation = (groups.var(-1, correction=0) + 1e-6).sqrt()
+    slack = 16 * torch.finfo(torch.float32).eps * (groups.abs().amax(-1) / deviation).max().item()
+    assert ((told[0].double() - groups.mean(-1)) / deviation).abs().max() <= slack
+    torch.testing.assert_close(told[1].double() * deviation, torch.ones_like(deviation), rtol=slack, atol=0)
+
+
+def test_the_last_layer_past_2_to_the_31_values() -> None:
+    """In bands of rows: the last rows of many are those of few, of which the statistics are given."""
+    _needs_memory(16 << 30)
+    x, norm, weight, bias = _last_layer(1, 128, 8, torch.bfloat16)
+    known = torch.zeros(1, 4, device=DEVICE), torch.ones(1, 4, device=DEVICE)
+    small = x.repeat(1, 1, 2, 512).contiguous(memory_format=torch.channels_last)  # 16 rows of 4096 pixels
+    large = torch.empty((1, 4104, 4096, 128), dtype=x.dtype, device=DEVICE).permute(0, 3, 1, 2)
+    for top in range(0, 4104, 8):
+        large[:, :, top : top + 8] = small[:, :, :8]
+    mine, right = (snapgen_kernels.norm_silu_conv(i, norm, weight, bias, statistics=known) for i in (large, small))
+    assert torch.equal(mine[:, :, -8:], right[:, :, -8:]) and torch.equal(mine[:, :, :8], right[:, :, :8])
+    assert torch.equal(mine[:, :, 8:-8].unflatten(2, (-1, 8))[:, :, 100], mine[:, :, 8:16])
     torch.cuda.empty_cache()
 
 
