@@ -79,11 +79,11 @@ CASES: tuple[ModelCase, ...] = (
     ModelCase("denoiser", "t2i-32x32", "t2i-1024", 32),
     ModelCase("denoiser", "t2i-128x128", "t2i-1024", 128),
     ModelCase("denoiser", "t2i-128x128-b2", "t2i-1024", 128, batch=2, gpu=True),  # with guidance
-    ModelCase("picture", "1024px-4", "t2i-1024", 128, gpu=True),
     ModelCase("train", "tiny-b64", "tiny", 8, batch=64),
     ModelCase("train", "t2i-quarter-b8", "t2i-1024", 32, batch=8, narrow=4),
     ModelCase("train", "t2i-128x128-b8", "t2i-1024", 128, batch=8, gpu=True),
     ModelCase("train", "imagenet-256-b256", "imagenet-256", 32, batch=256, tokens=77, gpu=True),
+    ModelCase("picture", "1024px-4", "t2i-1024", 128, gpu=True),
     ModelCase("decoder", "small", "tiny", 2, bench=False),
     ModelCase("denoiser", "small", "tiny", 4, tokens=5, bench=False),
     ModelCase("picture", "small", "tiny", 4, tokens=5, bench=False),
@@ -223,28 +223,39 @@ def run(network: nn.Module, activations: Sequence[Tensor]) -> Tensor:
     return network(sample, time, context, None, *pooled, return_dict=False)[0]
 
 
-def run_fused(network: Any, activations: Sequence[Tensor], *, low_memory: bool | None = None) -> Tensor:
-    """:func:`run` as users of the fused kernels do: pictures come from ``decode``."""
-    if isinstance(network, Picture):
-        return draw(network.denoiser, network.decoder.decode, activations)
-    if len(activations) == 1 and not torch.is_grad_enabled():
-        return network.decode(activations[0], low_memory=low_memory)
-    return run(network, activations)
+def fused(
+    network: Any, *, low_memory: bool | None = None, compiled: bool = False, graph: bool = False
+) -> Callable[..., Tensor]:
+    """:func:`run` as users of the fused kernels do: pictures come from ``decode``; a function of the activations.
 
-
-def recorded(network: Any) -> Callable[[Sequence[Tensor]], Tensor]:
-    """:func:`run_fused` as `SnapGenPipeline.compile` has it on a GPU: denoiser and decoder are CUDA graphs."""
+    Args:
+        compiled: the denoiser is compiled by torch.compile.
+        graph: denoiser and decoder are CUDA graphs, as `SnapGenPipeline.compile` has them on a GPU.
+    """
     from snapgen.graphs import Graphed
 
-    if not isinstance(network, Picture):
-        graph = Graphed(lambda *values: run_fused(network, values), network)
-        return lambda activations: graph(*activations)
+    def part(function: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
+        return Graphed(function, module) if graph else function
 
-    def velocity(*values: Tensor | None) -> Tensor:
-        return network.denoiser(*values, return_dict=False)[0]
+    whole = isinstance(network, Picture)
+    decoder, denoiser = (network.decoder, network.denoiser) if whole else (network, network)
+    decode = part(lambda latents: decoder.decode(latents, low_memory=low_memory), decoder)
+    if not whole and hasattr(network, "decode"):
+        return decode
+    called = torch.compile(denoiser, fullgraph=True, dynamic=False) if compiled else denoiser
 
-    step, decode = Graphed(velocity, network.denoiser), Graphed(network.decoder.decode, network.decoder)
-    return lambda activations: draw(lambda *values, return_dict: (step(*values),), decode, activations)
+    def velocity(sample: Tensor, time: Tensor, context: Tensor, mask: None = None, *pooled: Tensor) -> Tensor:
+        return called(sample, time, context, mask, *pooled, return_dict=False)[0]
+
+    step = part(velocity, denoiser)
+    if whole:
+        return lambda *activations: draw(lambda *values, return_dict: (step(*values),), decode, activations)
+    return lambda sample, time, context, *pooled: step(sample, time, context, None, *pooled)
+
+
+def run_fused(network: Any, activations: Sequence[Tensor]) -> Tensor:
+    """The output of :func:`fused`; where gradients are recorded, that of the network itself."""
+    return run(network, activations) if torch.is_grad_enabled() else fused(network)(*activations)
 
 
 def compiled(network: Any, mode: str) -> Any:

@@ -38,8 +38,9 @@ class Options:
     mode: str = "fwd,train"
     """fwd, train (gives the rows bwd and fwd+bwd; of the model case train: step, with the optimizer), or both."""
     providers: str = ""
-    """fused, eager, eager-nchw, compile, compile-max, sdpa, flex, liger, openvino, onnxruntime, separated by commas
-    (default: all that are installed and fit the device; with --quick: fused, eager, eager-nchw)."""
+    """fused, fused-compile (whole models inside torch.compile), fused-low (the decoder in low memory), eager,
+    eager-nchw, compile, compile-max, sdpa, flex, liger, openvino, onnxruntime, separated by commas (default: all that
+    are installed and fit the device; with --quick: fused, eager, eager-nchw)."""
     quick: bool = False
     """Under a minute: few cases, only ops that have a kernel here, no torch.compile; saves rows only with --out."""
     small: bool = False
@@ -51,6 +52,9 @@ class Options:
     a user meets it."""
     seconds: float | None = None
     """Time to spend on each case and mode, over all providers, after warm-up (default: 4; 0.6 with --quick)."""
+    minutes: float | None = None
+    """Begin no case after that, and no compiler that would not be done by then, as far as those before it tell; what is
+    left out is listed, and --case takes it alone (default: 9 for --device cuda --suite model, else no limit)."""
     out: Path | None = None
     """CSV file to append to (default: bench/results/<machine>.csv)."""
     json: Path | None = None

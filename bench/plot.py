@@ -25,6 +25,7 @@ _MODES = ("fwd", "bwd", "fwd+bwd", "step")
 # What is filled is ours.
 _PROVIDERS = {
     "fused": "o",
+    "fused-compile": "p",
     "fused-low": "d",
     "eager": "s",
     "eager-nchw": "D",
@@ -140,7 +141,7 @@ def roofline(groups: Sequence[Comparison], axes: Any) -> None:
         strength = 0.5 if fused.mode == "bwd" else 1.0
         axes.plot([x, x], [peer.gflops, fused.gflops], color=colour, linewidth=0.7, alpha=0.5)
         for row in group.rows:
-            if row.provider != "fused":
+            if row.provider != fused.provider:
                 axes.plot(
                     x,
                     row.gflops,
@@ -151,7 +152,7 @@ def roofline(groups: Sequence[Comparison], axes: Any) -> None:
                     markeredgewidth=0.6,
                     alpha=0.8 * strength,
                 )
-        axes.plot(x, fused.gflops, "o", markersize=5.5, color=colour, alpha=strength)
+        axes.plot(x, fused.gflops, _PROVIDERS[fused.provider], markersize=5.5, color=colour, alpha=strength)
     _name_ops(groups, axes)
     axes.set_xscale("log")
     axes.set_yscale("log")

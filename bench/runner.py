@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy
 import torch
@@ -18,13 +18,17 @@ from bench.machine import Provenance
 from bench.models import ModelCase
 from bench.providers import Provider, Unusable
 from bench.providers.fused import strictly
-from bench.results import OURS, Row
-from bench.timing import Clock, Step, inference_step, interleaved, kept_bytes, peak_bytes, training_step
+from bench.results import Row
+from bench.timing import Clock, Prepared, Step, inference_step, interleaved, kept_bytes, peak_bytes, training_step
 from snapgen_kernels import FusedUnavailable, checks
 from snapgen_kernels.testing import Case
 
 # fp64 copies of a case and of its gradients have to fit into memory, and to be done in seconds.
 _CHECKED_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}
+
+
+# Whose results are compared with fp64 before anything is timed; the others' are compared with eager's.
+_CHECKED = ("fused", "fused-low")
 
 
 class Red(Exception):
@@ -33,9 +37,9 @@ class Red(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. ``seconds`` are spent on each case and mode; no case starts after ``deadline`` seconds, nor
-    one of an op whose forward alone takes PyTorch ``patience`` seconds: some processors have no fast product of some
-    dtype."""
+    """What to run. ``seconds`` are spent on each case and mode; no case starts after ``deadline`` seconds, and no
+    provider that would not be ready by then; nor a case of an op whose forward alone takes PyTorch ``patience``
+    seconds: some processors have no fast product of some dtype."""
 
     device: str
     cases: Sequence[Case | ModelCase]
@@ -57,16 +61,45 @@ class Outcome:
 Report = Callable[[Case | ModelCase, list[Row]], None]
 
 
-def run(plan: Plan, limits: Limits, provenance: Provenance, report: Report) -> Outcome:
+class Budget:
+    """The time until the deadline, and who would pass it."""
+
+    def __init__(self, deadline: float | None, begun: float) -> None:
+        self.deadline, self.begun = deadline, begun
+        self._longest: dict[str, float] = {}
+
+    def over(self) -> str | None:
+        """None before the deadline, else a reason."""
+        if self.deadline is None or time.perf_counter() - self.begun <= self.deadline:
+            return None
+        return f"left out: {self.deadline:g} s were over"
+
+    def refuses(self, provider: str, compiled: float) -> str | None:
+        """None if ``provider`` may get ready: it is guessed to take as long as it ever did, and max-autotune three
+        times as long as the default took of the same case, ``compiled`` seconds. Else the reason."""
+        guess = max(self._longest.get(provider, 0.0), 3 * compiled if provider == "compile-max" else 0.0)
+        if self.deadline is None or time.perf_counter() - self.begun + guess <= self.deadline:
+            return None
+        return f"left out: it takes about {guess:.0f} s to get ready, and {self.deadline:g} s would be over"
+
+    def took(self, provider: str, seconds: float) -> None:
+        self._longest[provider] = max(seconds, self._longest.get(provider, 0.0))
+
+
+def run(plan: Plan, limits: Limits, provenance: Provenance, report: Report, begun: float | None = None) -> Outcome:
     """Check and time every case, reporting each one's rows as soon as they are there.
+
+    Args:
+        begun: from when on the deadline counts, by ``time.perf_counter``; None: now.
 
     Raises:
         Red: a fused op misses the bound; the message names the case and the numbers.
     """
-    outcome, clock, start = Outcome(), Clock(plan.device), time.perf_counter()
+    outcome, clock = Outcome(), Clock(plan.device)
+    budget = Budget(plan.deadline, time.perf_counter() if begun is None else begun)
     for case in plan.cases:
-        if plan.deadline is not None and time.perf_counter() - start > plan.deadline:
-            outcome.missing.append((str(case), "all", f"left out: {plan.deadline:g} s were over"))
+        if (reason := budget.over()) is not None:
+            outcome.missing.append((str(case), "all", reason))
             continue
         if not isinstance(case, ModelCase):
             forward = costs(case)["fwd"].flops / limits.gemm[DTYPE_NAMES[case.dtype]]
@@ -79,7 +112,7 @@ def run(plan: Plan, limits: Limits, provenance: Provenance, report: Report) -> O
         rows: list[Row] = []
         for mode in plan.modes:
             if not isinstance(case, ModelCase) or mode == case.mode:
-                rows += _time(case, mode, plan, clock, limits, provenance, checked, outcome)
+                rows += _time(case, mode, plan, clock, limits, provenance, checked, outcome, budget)
         models.release()
         providers.release()
         outcome.rows += rows
@@ -129,6 +162,7 @@ def _time(
     provenance: Provenance,
     checked: str,
     outcome: Outcome,
+    budget: Budget,
 ) -> list[Row]:
     train = mode == "train"
     if isinstance(case, ModelCase) and case.wall:
@@ -137,22 +171,25 @@ def _time(
     peaks: dict[str, int] = {}
     kept: dict[str, int] = {}
     yardstick = Yardstick(case, plan.device, train)
+    compiled = 0.0
     with torch.inference_mode(not train):
         for provider in plan.providers:
-            reason = provider.unfit(case, plan.device, train)
+            reason = provider.unfit(case, plan.device, train) or budget.refuses(provider.name, compiled)
             if reason is None:
+                before = time.perf_counter()
                 try:
                     prepared = provider.prepare(case, plan.device, train)
-                    if provider.name in OURS:
+                    if provider.name in _CHECKED:
                         prepared.call()
                     else:
                         yardstick.check(prepared)  # compilers compile now
                     step = training_step(prepared) if train and not prepared.whole else inference_step(prepared)
+                    budget.took(provider.name, time.perf_counter() - before)
+                    if provider.name == "compile":
+                        compiled = time.perf_counter() - before
                     if not prepared.whole or not provider.in_torch:
                         clock(step)
-                    peaks[provider.name] = (
-                        peak_bytes(step, plan.device, twice=train and prepared.whole) if provider.in_torch else -1
-                    )
+                    peaks[provider.name] = _peak(prepared, step, plan.device, train) if provider.in_torch else -1
                     if clock.cuda and train:
                         kept[provider.name] = kept_bytes(step)
                     steps[provider.name] = step
@@ -202,6 +239,17 @@ def _time(
                 )
             )
     return rows
+
+
+def _peak(prepared: Prepared, step: Step, device: str, train: bool) -> int:
+    """Peak memory of a step, -1 where it cannot be told."""
+    if prepared.graphs:
+        if prepared.ungraphed is None:
+            return -1
+        step = inference_step(replace(prepared, call=prepared.ungraphed))
+        for part in step:  # what compiles or is packed once is no part of it
+            part()
+    return peak_bytes(step, device, twice=train and prepared.whole)
 
 
 def _parts(case: Case | ModelCase, mode: str) -> dict[str, Callable[[list[float]], float]]:

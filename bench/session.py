@@ -26,6 +26,7 @@ from snapgen_kernels.testing import Case
 
 # --quick: cases that have not begun by then are left out, so that the whole stays below a minute.
 _QUICK_DEADLINE = 40.0
+_MODELS_DEADLINE = 540.0  # compilers take minutes for a whole model
 _QUICK_PROVIDERS = ("fused", "eager", "eager-nchw")
 
 
@@ -47,11 +48,11 @@ def session(options: Options, console: Console) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch sees no CUDA or ROCm device; --dry-run prints the plan without one")
     out = _target(options)
+    begun = time.perf_counter()
     provenance = machine.provenance(options.device, options.commit)
     show.machine(console, provenance)
     if provenance.load > 0.5 * provenance.threads:
         console.print(f"[yellow]this machine was busy before (load {provenance.load}): publish no time of this run[/]")
-    begun = time.perf_counter()
     where = "saving no rows" if out is None else f"rows go to {out}"
     console.print(f"{len(plan.cases)} cases; {where}", soft_wrap=True)
     dtypes = tuple(dict.fromkeys(cases.DTYPE_NAMES[case.dtype] for case in plan.cases))
@@ -71,7 +72,7 @@ def session(options: Options, console: Console) -> int:
             append(out, rows)
 
     try:
-        outcome = run(plan, rates, provenance, report)
+        outcome = run(plan, rates, provenance, report, begun)
     except Red as error:
         console.print(
             f"[bold red]wrong:[/] {escape(str(error))}\nnothing more is timed until this is right", soft_wrap=True
@@ -117,6 +118,13 @@ def make_plan(options: Options, console: Console) -> Plan:
             f"no case is left of --suite {options.suite} --case {options.case!r}"
             + (" among the ops with a kernel here, which --quick runs" if options.quick else "")
         )
+    deadline = _QUICK_DEADLINE if options.quick else None
+    if options.minutes is not None:
+        if options.minutes <= 0:
+            raise UsageError(f"--minutes is {options.minutes:g}; it must be positive")
+        deadline = 60 * options.minutes
+    elif options.device == "cuda" and entries == ("model",):
+        deadline = _MODELS_DEADLINE
     seconds = options.seconds if options.seconds is not None else (0.6 if options.quick else 4.0)
     if seconds <= 0:
         raise UsageError(f"--seconds is {seconds:g}; it must be positive")
@@ -126,7 +134,7 @@ def make_plan(options: Options, console: Console) -> Plan:
         modes=listed("mode", options.mode, cases.MODES),
         providers=_providers(options, console),
         seconds=seconds,
-        deadline=_QUICK_DEADLINE if options.quick else None,
+        deadline=deadline,
         patience=0.5 if options.quick else 3.0,
     )
 

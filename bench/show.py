@@ -57,7 +57,7 @@ def plan(console: Console, chosen: Plan, rates: Limits) -> None:
             )
     console.print(table)
     for case in {case.op: case for case in chosen.cases}.values():
-        for mode in chosen.modes:
+        for mode in chosen.modes if not isinstance(case, ModelCase) else [m for m in chosen.modes if m == case.mode]:
             who = [p.name for p in chosen.providers if p.unfit(case, chosen.device, mode == "train") is None]
             console.print(f"{case.op} {mode} would be timed by: {', '.join(who) or 'nobody'}", soft_wrap=True)
 

@@ -31,6 +31,8 @@ class Prepared:
         gradients: turns the gradients of ``leaves`` into those that eager has.
         whole: the call is all there is to time: a model's forward, or a training step with its backward inside.
         overwrites: its backward may write into the gradients that come from above.
+        graphs: the call replays CUDA graphs, whose memory PyTorch's allocator does not tell. ungraphed: the same
+            without them, if there is such a function, to tell it by.
     """
 
     call: Callable[[], object]
@@ -39,6 +41,8 @@ class Prepared:
     gradients: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = tuple
     whole: bool = False
     overwrites: bool = False
+    graphs: bool = False
+    ungraphed: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True, eq=False)

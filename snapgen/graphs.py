@@ -93,13 +93,23 @@ class Graphs:
 
     Args:
         tokens: that every context is padded to; longer ones have graphs of their own.
+        inductor: compile the denoiser by torch.compile, as one graph of its own, before it is recorded.
     """
 
-    def __init__(self, denoiser: nn.Module, decoder: Any, tokens: int, capture: Capture = cuda_capture) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        decoder: Any,
+        tokens: int,
+        capture: Capture = cuda_capture,
+        *,
+        inductor: bool = False,
+    ) -> None:
         self.tokens = tokens
+        called = torch.compile(denoiser, fullgraph=True, dynamic=False) if inductor else denoiser
 
         def velocity(*inputs: Tensor | None) -> Tensor:
-            return denoiser(*inputs, return_dict=False)[0]
+            return called(*inputs, return_dict=False)[0]
 
         self._velocity = Graphed(velocity, denoiser, capture)
         self._decode = Graphed(decoder.decode, decoder, capture)

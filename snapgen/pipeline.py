@@ -182,6 +182,7 @@ class SnapGenPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         guidance: bool | None = None,
+        inductor: bool = False,
         capture: Capture = cuda_capture,
     ) -> SnapGenPipeline:
         """Record denoiser and decoder as CUDA graphs, which every later call replays; returns the pipeline itself.
@@ -195,6 +196,8 @@ class SnapGenPipeline(DiffusionPipeline):
                 was trained at.
             guidance: whether there will be classifier-free guidance, which doubles the batch; by default whether the
                 pipeline guides by itself.
+            inductor: let torch.compile join what stands between the denoiser's fused operations first, which takes it
+                minutes for each size.
             capture: how to record.
 
         Raises:
@@ -209,7 +212,7 @@ class SnapGenPipeline(DiffusionPipeline):
         if guidance is None:
             guidance = self.config.guidance != 1
         tokens = self.tokenizer.model_max_length if self.config.joint_text else 0  # the large ones pad by themselves
-        self._graphs = Graphs(self.denoiser, self.decoder, tokens, capture)
+        self._graphs = Graphs(self.denoiser, self.decoder, tokens, capture, inductor=inductor)
         text = self.embed([""] * batch_size * (1 + guidance))
         latents = torch.zeros(batch_size, self.denoiser.config.in_channels, rows, columns, device=device)
         doubled = torch.cat((latents, latents)) if guidance else latents

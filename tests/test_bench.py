@@ -155,7 +155,7 @@ def test_without_a_gpu_there_is_one_clear_error() -> None:
         (("--suite", "resnet"), "--suite is 'resnet'; allowed: all, ops, models, readme, group_norm_silu"),
         (("--dtype", "int8"), "--dtype is 'int8'; allowed: fp32, bf16, fp16"),
         (("--mode", "forward"), "--mode is 'forward'; allowed: fwd, train"),
-        (("--providers", "eager,tvm"), "--providers is 'tvm'; allowed: fused, fused-low, eager"),
+        (("--providers", "eager,tvm"), "--providers is 'tvm'; allowed: fused, fused-compile, fused-low, eager"),
         (("--providers", ","), "--providers is empty"),
         (("--case", "none-such"), "no case is left"),
         (("--threads", "0"), "--threads is 0"),

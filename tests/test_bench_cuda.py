@@ -3,20 +3,26 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import bench.__main__ as command
 import snapgen_kernels
-from bench import cases, goals, limits, machine, tables, timing
+from bench import cases, goals, limits, machine, runner, tables, timing
 from bench.providers.compiled import Compiled, release
 from bench.providers.eager import drawn
-from bench.results import Row, read
-from bench.timing import Clock, Untimed, interleaved, kept_bytes
+from bench.results import Row, compare, read
+from bench.runner import Budget, _peak
+from bench.session import make_plan
+from bench.timing import Clock, Prepared, Untimed, inference_step, interleaved, kept_bytes
 from snapgen_kernels import _backend, checks, costs, decoder_costs
 from snapgen_kernels.testing import small_cases
 from tests.bench_runs import TINY, run
@@ -346,6 +352,63 @@ def test_a_gpu_is_held_to_the_goals_of_gpus() -> None:
     assert "of the matrix product's rate" in goals.table(on_cpu)
     alone = goals.gpu_table(on_cpu)
     assert alone.count("not measured") == len(goals.GPU_GOALS) and "a GPU" not in alone
+
+
+def test_ours_is_the_faster_with_or_without_torch_compile() -> None:
+    step = dict(op="train", case="t2i-128x128-b8", mode="step")
+    rows = [
+        measured("fused", 10.0, 10, **step), measured("fused-compile", 8.0, 6, **step),
+        measured("eager", 20.0, 10, **step), measured("compile", 13.0, 9, **step),
+    ]  # fmt: skip
+    text = goals.table(rows)
+    assert "| bf16 | 1.50x torch.compile | **1.62x torch.compile, inside torch.compile** | reached |" in text
+    assert "| **0.60x eager's peak memory, inside torch.compile** | reached |" in text
+    slower = [measured("fused-compile", 11.0, 6, **step), *(row for row in rows if row.provider != "fused-compile")]
+    assert "| 1.50x torch.compile | 1.30x torch.compile | missed |" in goals.table(slower)
+    assert compare(rows)[0].best_peer == rows[3]
+
+
+def test_memory_of_graphs_is_told_without_them(gpu: SimulatedGpu) -> None:
+    called: list[str] = []
+    ours = Prepared(lambda: called.append("graph"), whole=True, graphs=True, ungraphed=lambda: called.append("plain"))
+    assert _peak(ours, inference_step(ours), "cuda", False) == 700
+    assert called == ["plain", "plain"], "once to compile, once to measure"
+    theirs = replace(ours, ungraphed=None)
+    assert _peak(theirs, inference_step(theirs), "cuda", False) == -1
+    ordinary = Prepared(lambda: called.append("ordinary"), whole=True)
+    assert _peak(ordinary, inference_step(ordinary), "cuda", False) == 700
+    assert called == ["plain", "plain", "ordinary"]
+
+
+def test_nothing_begins_that_would_pass_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: now[0])
+    budget = Budget(60.0, 100.0)
+    assert budget.over() is None and budget.refuses("compile-max", 0.0) is None
+    budget.took("compile", 25.0)
+    now[0] = 130.0
+    assert budget.refuses("compile", 0.0) is None and budget.refuses("eager", 0.0) is None
+    assert budget.refuses("compile-max", 8.0) is None
+    assert "about 33 s to get ready, and 60 s would be over" in str(budget.refuses("compile-max", 11.0))
+    now[0] = 136.0
+    assert "about 25 s" in str(budget.refuses("compile", 0.0)) and budget.over() is None
+    now[0] = 161.0
+    assert budget.over() == "left out: 60 s were over"
+    assert Budget(None, 0.0).over() is None and Budget(None, 0.0).refuses("compile-max", 1e9) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "deadline"),
+    [
+        (("--device", "cuda", "--suite", "model"), 540),
+        (("--device", "cuda", "--suite", "model", "--minutes", "2.5"), 150),
+        (("--device", "cuda", "--suite", "decoder"), None),
+        (("--suite", "models"), None),
+        (("--suite", "decoder", "--minutes", "1"), 60),
+    ],
+)
+def test_whole_models_on_a_gpu_take_nine_minutes(arguments: tuple[str, ...], deadline: float | None) -> None:
+    assert make_plan(command.parse(arguments), Console(file=StringIO())).deadline == deadline
 
 
 def test_goals_of_gpus_stand_between_their_markers(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole models in the benchmark: checked, timed, counted, and plain PyTorch where they are peers."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -11,12 +12,13 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench.__main__ as command
-from bench import cases, models
+from bench import cases, models, providers
 from bench.goals import GPU_GOALS
 from bench.options import UsageError
 from bench.plain import plain
 from bench.results import read
 from bench.session import make_plan
+from snapgen import graphs
 from tests.bench_runs import KERNEL, run
 
 pytestmark = pytest.mark.usefixtures("quick_limits")
@@ -156,6 +158,64 @@ def test_models_count_what_info_counts() -> None:
     assert short < flops < 1.05 * short
     half = models.costs(replace(decoder, dtype=torch.bfloat16))
     assert half == (models.costs(decoder)[0], moved // 2)
+
+
+@pytest.mark.complete
+@pytest.mark.skipif(not KERNEL, reason="needs the kernels")
+@pytest.mark.parametrize("name", ["denoiser-small-float32", "train-latents-float32"])
+def test_models_are_timed_inside_torch_compile(name: str, tmp_path: Path) -> None:
+    """As one graph, and with the results of plain PyTorch, or nothing would be timed."""
+    case, out = SMALL[name], tmp_path / "rows.csv"
+    code, text = run(
+        "--small", "--suite", case.op, "--case", case.name, "--seconds", "0.02", "--out", str(out),
+        "--providers", "fused,fused-compile,eager", "--dtype", "fp32",
+    )  # fmt: skip
+    assert code == 0 and "fused-compile" in {row.provider for row in read(out)}, text
+
+
+def test_what_is_compiled_is_compared_with_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = models.fused
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+
+    def wrong(network: torch.nn.Module, **how: bool) -> Callable[..., torch.Tensor]:
+        run = right(network, **how)
+        return (lambda *activations: 1.01 * run(*activations)) if how.get("compiled") else run
+
+    monkeypatch.setattr(models, "fused", wrong)
+    code, text = run(
+        "--small", "--suite", "denoiser", "--seconds", "0.02", "--out", str(tmp_path / "rows.csv"),
+        "--providers", "fused-compile,eager", "--dtype", "fp32",
+    )  # fmt: skip
+    assert code == 0 and ("not timed: fused-compile" in text) == KERNEL, text
+    assert {row.provider for row in read(tmp_path / "rows.csv")} == {"eager"}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["decoder-small-float32", "denoiser-small-float32", "picture-small-float32"])
+def test_graphs_hold_what_is_run_without_them(name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU. Its memory is told by the function, since what a graph holds is nothing new to the allocator."""
+    recorded: list[Callable[..., torch.Tensor]] = []
+
+    class Watched:
+        def __init__(self, function: Callable[..., torch.Tensor], module: torch.nn.Module) -> None:
+            self.function = function
+
+        def __call__(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+            recorded.append(self.function)
+            return self.function(*inputs)
+
+    monkeypatch.setattr(graphs, "Graphed", Watched)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    case = replace(SMALL[name], device="cuda")
+    network, activations = models.build(SMALL[name]), models.feeds(SMALL[name])
+    monkeypatch.setattr(models, "network_and_feeds", lambda case: (network, activations))
+    with torch.no_grad():
+        prepared = providers.fused._model(case, compiled=compiled)
+        assert prepared.graphs and prepared.ungraphed is not None
+        torch.testing.assert_close(prepared.call(), models.run(network, activations), rtol=1e-4, atol=1e-5)
+        assert len(recorded) == (5 if case.op == "picture" else 1)
+        torch.testing.assert_close(prepared.ungraphed(), prepared.call())
+        assert len(recorded) == (10 if case.op == "picture" else 2), "the first of the two was no graph"
 
 
 def test_a_training_step_trains_and_is_the_same_for_all() -> None:

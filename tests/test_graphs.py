@@ -59,6 +59,19 @@ def test_replays_draw_what_the_pipeline_draws(pipe):
     assert recorder.replayed == 2 + sum(call.get("num_inference_steps", 2) + 1 for call in calls)
 
 
+@pytest.mark.complete
+def test_torch_compile_draws_the_same(pipe):
+    plain = draw(pipe, "a red circle")
+    recorder = Recorder()
+    torch._dynamo.reset()
+    pipe.compile(capture=recorder, inductor=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # another time or prompt compiles nothing
+        torch.testing.assert_close(draw(pipe, "a red circle"), plain, atol=1e-4, rtol=1e-4)
+        draw(pipe, "two stars", seed=1, num_inference_steps=3)
+    assert recorder.captured == 2
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+
+
 def test_other_shapes_are_recorded_when_they_come(pipe):
     plain = draw(pipe, ["a red circle", "two stars"], guidance_scale=1.0, height=32)
     recorder = Recorder()

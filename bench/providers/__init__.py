@@ -45,7 +45,7 @@ def all_providers() -> dict[str, Provider]:
     from bench.providers.compiled import Compiled
     from bench.providers.eager import Eager
     from bench.providers.flex import Flex
-    from bench.providers.fused import Fused
+    from bench.providers.fused import Fused, FusedCompiled
     from bench.providers.liger import Liger
     from bench.providers.onnxruntime import OnnxRuntime
     from bench.providers.openvino import OpenVino
@@ -53,6 +53,7 @@ def all_providers() -> dict[str, Provider]:
 
     everyone: list[Provider] = [
         Fused(),
+        FusedCompiled(),
         Fused("fused-low", low_memory=True),
         Eager("eager", "channels_last"),
         Eager("eager-nchw", "contiguous"),
@@ -69,6 +70,7 @@ def all_providers() -> dict[str, Provider]:
 
 NAMES = (
     "fused",
+    "fused-compile",
     "fused-low",
     "eager",
     "eager-nchw",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 import snapgen_kernels
 from bench import models
 from bench.blocks import BlockCase
 from bench.models import ModelCase
+from bench.providers.compiled import compiler_missing, runnable
 from bench.providers.eager import drawn, leaves
 from bench.timing import Prepared
 from snapgen_kernels import _backend
@@ -20,23 +23,25 @@ def strictly(case: Case, inputs: Inputs) -> object:
         return case.spec.public(inputs)
 
 
-def _model(case: ModelCase, low_memory: bool | None) -> Prepared:
+def _model(case: ModelCase, *, low_memory: bool | None = None, compiled: bool = False) -> Prepared:
+    """A forward, or a training step; ``compiled``: what is no fused op goes to torch.compile."""
+
+    def fused(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def call() -> torch.Tensor:
+            with snapgen_kernels.use("auto"):
+                return step()
+
+        return call
+
     if case.op == "train":
-        step = models.training(case)
-    else:
-        network, activations = models.network_and_feeds(case)
-        graph = models.recorded(network) if case.device == "cuda" else None
-
-        def step() -> torch.Tensor:
-            if graph is not None:
-                return graph(activations)
-            return models.run_fused(network, activations, low_memory=low_memory)
-
-    def call() -> torch.Tensor:
-        with snapgen_kernels.use("auto"):
-            return step()
-
-    return Prepared(call, whole=True)
+        return Prepared(fused(models.training(case, mode="default" if compiled else None)), whole=True)
+    network, activations = models.network_and_feeds(case)
+    run = models.fused(network, low_memory=low_memory, compiled=compiled)
+    plain = fused(lambda: run(*activations))
+    if case.device != "cuda":
+        return Prepared(plain, whole=True)
+    graph = models.fused(network, low_memory=low_memory, compiled=compiled, graph=True)
+    return Prepared(fused(lambda: graph(*activations)), whole=True, graphs=True, ungraphed=plain)
 
 
 class Fused:
@@ -59,8 +64,8 @@ class Fused:
         return None
 
     def unfit(self, case: Case | ModelCase, device: str, train: bool) -> str | None:
-        if self.low_memory and (case.op != "decoder" or device == "cuda"):
-            return "only the decoder has a low-memory mode, on CPUs"
+        if self.low_memory and case.op != "decoder":
+            return "only the decoder has a low-memory mode"
         if isinstance(case, ModelCase):
             return _backend.missing_kernel("resblock", device)
         ops = case.ops if isinstance(case, BlockCase) else (case.op,)
@@ -69,6 +74,25 @@ class Fused:
 
     def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
         if isinstance(case, ModelCase):
-            return _model(case, self.low_memory)
+            return _model(case, low_memory=self.low_memory)
         inputs = drawn(case, device, train)
         return Prepared(lambda: strictly(case, inputs), leaves(case, inputs))
+
+
+class FusedCompiled(Fused):
+    """Whole models under ``use("auto")`` inside torch.compile, which joins what stands between the fused ops."""
+
+    def __init__(self) -> None:
+        super().__init__("fused-compile")
+
+    def absent(self, device: str) -> str | None:
+        return compiler_missing(device)
+
+    def unfit(self, case: Case | ModelCase, device: str, train: bool) -> str | None:
+        if not isinstance(case, ModelCase) or case.op == "decoder":
+            return "only denoisers and training have something between the fused ops"
+        return super().unfit(case, device, train)
+
+    def prepare(self, case: Case | ModelCase, device: str, train: bool) -> Prepared:
+        assert isinstance(case, ModelCase)
+        return runnable(_model(case, compiled=True), train)
