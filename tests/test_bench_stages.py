@@ -74,6 +74,32 @@ def test_a_picture_is_timed_from_its_prompt_on() -> None:
     models.release()
 
 
+def test_a_gpu_is_held_up_until_its_work_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One and a half times as long as the processor took to queue a call after the first two, and never for long."""
+    now, calls, slept = [0.0], [], []
+
+    def call() -> None:
+        calls.append(now[0])
+        now[0] += 10.0 if len(calls) < 3 else 0.02
+
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    ahead = stages._queueing(call, "cuda")
+    assert len(calls) == 3 and slept == []
+    ahead()
+    assert slept == [pytest.approx(0.03 * 2e9, rel=1e-3)]
+    calls.clear()
+    stages._queueing(call, "cuda")()  # its third call is quick again
+    monkeypatch.setattr(stages, "_LONGEST_HOLD", 0.001)
+    calls.clear()
+    stages._queueing(call, "cuda")()
+    assert slept[-1] == int(0.001 * 2e9)
+    calls.clear()
+    stages._queueing(call, "cpu")()
+    assert len(calls) == 2 and len(slept) == 3
+
+
 def test_large_text_encoders_have_the_published_sizes() -> None:
     with torch.device("meta"):
         counts = [sum(p.numel() for p in picture._large(name).parameters()) for name in ("clip-l", "clip-g", "gemma-2")]
