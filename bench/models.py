@@ -258,6 +258,20 @@ def run_fused(network: Any, activations: Sequence[Tensor]) -> Tensor:
     return run(network, activations) if torch.is_grad_enabled() else fused(network)(*activations)
 
 
+def tune(case: ModelCase) -> None:
+    """Run the case once with every config of its kernels measured."""
+    from snapgen_kernels._triton.tuning import tuning
+
+    with tuning(), snapgen_kernels.use("auto"):
+        if case.op == "train":
+            training(case)()
+        else:
+            network, activations = network_and_feeds(case)
+            with torch.inference_mode():
+                fused(network)(*activations)
+    release()
+
+
 def compiled(network: Any, mode: str) -> Any:
     """``torch.compile`` of the network; of a picture, of the two networks that draw it."""
     options: dict[str, Any] = dict(fullgraph=True, dynamic=False, mode=mode)

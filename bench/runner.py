@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -167,9 +169,10 @@ def _time(
     train = mode == "train"
     if isinstance(case, ModelCase) and case.wall:
         clock = Clock(plan.device, wall=True)
-    steps: dict[str, Step] = {}
-    peaks: dict[str, int] = {}
-    kept: dict[str, int] = {}
+    ready: dict[str, _Ready] = {}
+    samples: dict[str, list[list[float]]] = {}
+    # Weights, moments and averages of several providers beside one's activations are more than a GPU holds.
+    alone = plan.device == "cuda" and train and isinstance(case, ModelCase)
     yardstick = Yardstick(case, plan.device, train)
     compiled = 0.0
     with torch.inference_mode(not train):
@@ -178,39 +181,33 @@ def _time(
             if reason is None:
                 before = time.perf_counter()
                 try:
-                    prepared = provider.prepare(case, plan.device, train)
-                    if provider.name in _CHECKED:
-                        prepared.call()
-                    else:
-                        yardstick.check(prepared)  # compilers compile now
-                    step = training_step(prepared) if train and not prepared.whole else inference_step(prepared)
+                    found = _ready(provider, case, plan, train, clock, yardstick)
                     budget.took(provider.name, time.perf_counter() - before)
                     if provider.name == "compile":
                         compiled = time.perf_counter() - before
-                    if not prepared.whole or not provider.in_torch:
-                        clock(step)
-                    peaks[provider.name] = _peak(prepared, step, plan.device, train) if provider.in_torch else -1
-                    if clock.cuda and train:
-                        kept[provider.name] = kept_bytes(step)
-                    steps[provider.name] = step
+                    if alone:
+                        share = plan.seconds / len(plan.providers)
+                        samples |= interleaved({provider.name: found.step}, clock, share, warm=True)
+                        found = found._replace(step=())
+                    ready[provider.name] = found
                 except (FusedUnavailable, Unusable) as error:
                     reason = str(error)
                 except torch.OutOfMemoryError as error:
                     reason = f"out of memory: {str(error).splitlines()[0]}"
+                if plan.device == "cuda":  # what is gone makes room for the next one
+                    gc.collect()
+                    torch.cuda.empty_cache()
             if reason is not None:
                 outcome.missing.append((f"{case} {mode}", provider.name, reason))
         del yardstick  # its tensors would take memory from those that are timed
-        samples = (
-            interleaved(
-                steps,
+        if ready and not alone:
+            samples = interleaved(
+                {name: found.step for name, found in ready.items()},
                 clock,
                 plan.seconds,
                 own_threads=[p.name for p in plan.providers if not p.in_torch],
                 warm=isinstance(case, ModelCase),
             )
-            if steps
-            else {}
-        )
     cost, rows = costs(case), []
     versions = {provider.name: provider.version for provider in plan.providers}
     for row_mode, pick in _parts(case, mode).items():
@@ -232,13 +229,37 @@ def _time(
                     floor_ms=limits.floor_ms(cost[row_mode], case.dtype),
                     gemm_gflops=limits.product_rate(case.dtype) / 1e9,
                     copy_gbs=limits.copy_rate(cost[row_mode].bytes) / 1e9,
-                    peak_bytes=kept.get(name, -1) if row_mode == "bwd" else peaks[name],
+                    peak_bytes=ready[name].kept if row_mode == "bwd" else ready[name].peak,
                     checked=checked,
                     provider_version=versions[name],
                     **asdict(provenance),
                 )
             )
     return rows
+
+
+class _Ready(NamedTuple):
+    """A provider's step, its peak memory, and what its forward leaves for its backward; -1: not known."""
+
+    step: Step
+    peak: int
+    kept: int
+
+
+def _ready(
+    provider: Provider, case: Case | ModelCase, plan: Plan, train: bool, clock: Clock, yardstick: Yardstick
+) -> _Ready:
+    """Prepare, compile and compare with eager, and measure the memory of a provider."""
+    prepared = provider.prepare(case, plan.device, train)
+    if provider.name in _CHECKED:
+        prepared.call()
+    else:
+        yardstick.check(prepared)  # compilers compile now
+    step = training_step(prepared) if train and not prepared.whole else inference_step(prepared)
+    if not prepared.whole or not provider.in_torch:
+        clock(step)
+    peak = _peak(prepared, step, plan.device, train) if provider.in_torch else -1
+    return _Ready(step, peak, kept_bytes(step) if clock.cuda and train and not prepared.whole else -1)
 
 
 def _peak(prepared: Prepared, step: Step, device: str, train: bool) -> int:

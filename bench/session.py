@@ -15,7 +15,7 @@ from rich.markup import escape
 import snapgen_kernels
 from bench import cases, limits, machine, show
 from bench.blocks import BlockCase
-from bench.models import MODELS, ModelCase
+from bench.models import MODELS, ModelCase, tune
 from bench.options import Options, UsageError, listed
 from bench.providers import NAMES, Provider, all_providers
 from bench.results import Row, append
@@ -171,7 +171,11 @@ def _tune(plan: Plan) -> None:
                 for op, dims in case.parts() if isinstance(case, BlockCase) else [(case.op, case.dims)]:
                     shapes.setdefault(op, []).append(dims)
         backward = "train" in plan.modes
-        snapgen_kernels.warmup(shapes, device=plan.device, dtypes=(dtype,), backward=backward, tune=True)
+        if shapes:
+            snapgen_kernels.warmup(shapes, device=plan.device, dtypes=(dtype,), backward=backward, tune=True)
+    for case in plan.cases:
+        if isinstance(case, ModelCase) and case.mode in plan.modes:
+            tune(case)
 
 
 def _dry_run(options: Options, plan: Plan, console: Console) -> int:

@@ -8,17 +8,16 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from snapgen_kernels.checks import outputs_of
+from snapgen_kernels.device_time import DeviceTimer
 
 _FEWEST = 5  # rounds, however slow the case
 _FEWEST_SLOW = 3  # where one round takes longer than all were meant to
 _MOST = 500
-_MOST_FLUSHES = 64  # some ms; a part that takes longer to queue waits for the device inside
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,8 @@ def training_step(prepared: Prepared) -> Step:
 
 
 class Clock:
-    """Times the parts of a step, the :class:`Untimed` ones left out, in ms. On CUDA the device's time, by events, each
-    part with cold caches.
-
-    A GPU works through a queue. Before each part the caches are overwritten (written, so that what is timed also pays
-    for making room, as with Triton's ``do_bench``), again and again until the processor has queued the whole part by
-    the time that the device gets to it: else the span would hold the processor's own time wherever kernels are short.
+    """Times the parts of a step, the :class:`Untimed` ones left out, in ms. On CUDA the device's time, each part with
+    cold caches and queued beforehand (:mod:`snapgen_kernels.device_time`).
 
     Args:
         wall: on CUDA, time what a user waits for instead: from the call until the device is done, caches as they are.
@@ -104,13 +99,11 @@ class Clock:
     def __init__(self, device: str, *, wall: bool = False) -> None:
         self.cuda = device == "cuda" and not wall
         self.waits = device == "cuda" and wall
-        # Twice the L2 cache of the largest GPUs of today.
-        self._scratch = torch.empty(1 << 28, dtype=torch.int8, device=device) if self.cuda else None
-        self._flushes: WeakKeyDictionary[Part, int] = WeakKeyDictionary()
+        self._timer = DeviceTimer(device) if self.cuda else None
 
     def __call__(self, step: Step) -> list[float]:
-        if self.cuda:
-            return self._on_device(step)
+        if self._timer is not None:
+            return self._on_device(step, self._timer)
         times = []
         for part in step:
             if self.waits:
@@ -123,7 +116,8 @@ class Clock:
                 times.append(1e3 * (time.perf_counter() - begin))
         return times
 
-    def _on_device(self, step: Step) -> list[float]:
+    @staticmethod
+    def _on_device(step: Step, timer: DeviceTimer) -> list[float]:
         ahead = False
         while not ahead:
             marks, ahead = [], True
@@ -131,28 +125,11 @@ class Clock:
                 if isinstance(part, Untimed):
                     part()
                     continue
-                start, end, in_time = self._queue(part)
+                start, end, in_time = timer.queue(part)
                 marks.append((start, end))
                 ahead = ahead and in_time
             torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in marks]
-
-    def _queue(self, part: Part) -> tuple[torch.cuda.Event, torch.cuda.Event, bool]:
-        """Queue one part; the events around it, and False where it is to be timed again behind twice as many
-        flushes."""
-        assert self._scratch is not None
-        flushes = self._flushes.setdefault(part, 1)
-        for _ in range(flushes):
-            self._scratch.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        part()
-        late = start.query()  # the device is there already
-        end.record()
-        if not late or flushes >= _MOST_FLUSHES:
-            return start, end, True
-        self._flushes[part] = 2 * flushes
-        return start, end, False
 
 
 def interleaved(

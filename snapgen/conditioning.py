@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from snapgen.data import embed
 from snapgen.data.loader import Batch
+from snapgen.devices import sent
 from snapgen.seeds import Draws
 from snapgen.text import CLIP_TOKENS, TextEmbedding, encode_tiny
 
@@ -101,7 +102,7 @@ class Layout:
         of none masked."""
         context, mask = text.context.clone(), text.mask.clone()
         pooled = None if text.pooled is None else text.pooled.clone()
-        gone = [torch.tensor(list(marks), device=context.device) for marks in dropped]
+        gone = [sent(torch.tensor(list(marks)), context.device) for marks in dropped]
         first = CLIP_TOKENS if self.clips else 0
         start = pooled_start = 0
         for (width, pooled_width), marks in zip(self.clips, gone, strict=False):
@@ -142,6 +143,7 @@ class CachedText:
             )
         self.modules: dict[str, nn.Module] = {}
         self.empty, self.layout = empty, layout
+        self._moved: TextEmbedding = empty  # to where batches are
         self.caption_dropout = _share("caption_dropout", caption_dropout)
         self.encoder_dropout = _share("encoder_dropout", encoder_dropout)
 
@@ -151,14 +153,17 @@ class CachedText:
         if batch.text is None:
             raise ValueError("data: its captions are not embedded")
         dropped, captions = _dropout(batch.captions, draws, self.caption_dropout)
+        where = batch.text.context.device
+        if self._moved.context.device != where:
+            self._moved = TextEmbedding(*(None if part is None else part.to(where) for part in self.empty))  # type: ignore[arg-type]
+        marks = sent(torch.tensor(dropped), where)
 
         def chosen(own: Tensor | None, empty: Tensor | None) -> Any:
             if own is None or empty is None:
                 return None
-            there = torch.tensor(dropped, device=own.device).view(-1, *(1,) * (own.ndim - 1))
-            return torch.where(there, empty.to(own), own)
+            return torch.where(marks.view(-1, *(1,) * (own.ndim - 1)), empty.to(own.dtype), own)
 
-        text = TextEmbedding(*(chosen(own, empty) for own, empty in zip(batch.text, self.empty, strict=True)))
+        text = TextEmbedding(*(chosen(own, empty) for own, empty in zip(batch.text, self._moved, strict=True)))
         return _thinned(text, self.layout, draws, self.encoder_dropout), captions
 
     def read(self, captions: Sequence[str], call: Mapping[str, nn.Module], device: torch.device) -> TextEmbedding:
@@ -203,7 +208,7 @@ class FrozenText:
         return _thinned(text, self.layout, draws, self.encoder_dropout), captions
 
     def read(self, captions: Sequence[str], call: Mapping[str, nn.Module], device: torch.device) -> TextEmbedding:
-        text = self.encoders(captions)
+        text = self.encoders(captions, device)
         pooled = None if text.pooled is None else text.pooled.to(device, torch.float32)
         return TextEmbedding(text.context.to(device, torch.float32), text.mask.to(device), pooled)
 

@@ -9,12 +9,14 @@ Captions are padded to one length for the same reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+KEPT = 8  # sets of shapes of a function
 WARMUPS = 3  # calls before a capture: they choose configs, compile kernels and let libraries take their workspaces
 
 Replay = Callable[[], None]
@@ -22,11 +24,12 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
 
 
 def cuda_capture(function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
-    """Record what `function` launches: its output, which every replay writes anew, and the replay.
+    """Record what `function` launches on the current device: its output, which a replay writes anew, and the replay.
 
     Raises:
         torch.AcceleratorError: it does something that a graph cannot hold, such as waiting for the device.
     """
+    # A stream of this device: PyTorch's own for captures is of the device that was current at the first of all.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -34,7 +37,7 @@ def cuda_capture(function: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         output = function()
     return output, graph.replay
 
@@ -46,7 +49,8 @@ class _Recorded(NamedTuple):
 
 
 class Graphed:
-    """A function of tensors, recorded once for each set of shapes and dtypes and then replayed.
+    """A function of tensors, recorded once for each set of shapes and dtypes and then replayed. Of more than `KEPT`
+    sets the one that was called longest ago is forgotten: each holds the memory of all that its call makes.
 
     The output is overwritten by the next call with the same shapes.
 
@@ -63,13 +67,13 @@ class Graphed:
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         key = tuple(None if value is None else (value.shape, value.dtype, value.device) for value in inputs)
-        if key not in self.recorded:
-            self.recorded[key] = self._record(inputs)
-        found = self.recorded[key]
-        for held, value in zip(found.inputs, inputs, strict=True):
-            if held is not None and value is not None:
-                held.copy_(value)
-        found.replay()
+        with self._on_its_device(inputs):
+            found = self.recorded.pop(key, None) or self._record(inputs)
+            self.recorded[key] = found  # the last in order
+            for held, value in zip(found.inputs, inputs, strict=True):
+                if held is not None and value is not None:
+                    held.copy_(value)
+            found.replay()
         return found.output
 
     def check(self) -> None:
@@ -79,10 +83,19 @@ class Graphed:
             self._weights = self._places()
 
     def _record(self, inputs: Sequence[Tensor | None]) -> _Recorded:
-        held = tuple(None if value is None else value.detach().clone() for value in inputs)
-        with torch.no_grad():
+        while len(self.recorded) >= KEPT:
+            del self.recorded[next(iter(self.recorded))]
+        # Buffers made in inference mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            held = tuple(None if value is None else value.detach().clone() for value in inputs)
             output, replay = self.capture(lambda: self.function(*held))
         return _Recorded(held, output, replay)
+
+    @staticmethod
+    def _on_its_device(inputs: Sequence[Tensor | None]) -> AbstractContextManager[Any]:
+        """Graphs are of the device that is current while they are recorded."""
+        device = next(value.device for value in inputs if value is not None)
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _places(self) -> tuple[int, ...]:
         return tuple(tensor.data_ptr() for tensor in (*self.module.parameters(), *self.module.buffers()))

@@ -197,7 +197,7 @@ class SnapGenPipeline(DiffusionPipeline):
             guidance: whether there will be classifier-free guidance, which doubles the batch; by default whether the
                 pipeline guides by itself.
             inductor: let torch.compile join what stands between the denoiser's fused operations first, which takes it
-                minutes for each size.
+                minutes for each size; it refuses a ninth.
             capture: how to record.
 
         Raises:

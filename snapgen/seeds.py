@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from snapgen.devices import sent
+
 
 def generator(seed: int, index: int, stream: int = 0) -> torch.Generator:
     """A CPU generator for place `index` of the run with this `seed`.
@@ -67,7 +69,4 @@ class Draws:
         return torch.rand(shape, generator=self._step)
 
     def _stacked(self, drawn: list[Tensor]) -> Tensor:
-        stacked = torch.stack(drawn)
-        if torch.device(self.device).type == "cuda":
-            stacked = stacked.pin_memory()  # a GPU is not waited for then
-        return stacked.to(self.device, non_blocking=True)
+        return sent(torch.stack(drawn), self.device)

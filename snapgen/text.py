@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from snapgen.devices import sent
+
 CLIP_TOKENS = 77
 
 
@@ -69,15 +71,16 @@ def encode_tiny(
 
     Differentiable. Prompts are padded to the longest of the batch.
     """
-    tokens = tokenizer(list(prompts), padding=True, return_tensors="pt").to(device)
+    tokens = tokenizer(list(prompts), padding=True, return_tensors="pt")
     if tokens.input_ids.shape[1] > tokenizer.model_max_length:
         longest = max(prompts, key=lambda prompt: len(prompt.split()))
         raise ValueError(
             f"prompt: {tokens.input_ids.shape[1] - 2} words are too many, at most {tokenizer.model_max_length - 2} fit "
             f"({longest[:60]!r})"
         )
-    output = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-    return TextEmbedding(output.last_hidden_state, tokens.attention_mask.bool(), output.text_embeds)
+    ids, mask = sent(tokens.input_ids, device), sent(tokens.attention_mask, device)
+    output = encoder(input_ids=ids, attention_mask=mask)
+    return TextEmbedding(output.last_hidden_state, mask.bool(), output.text_embeds)
 
 
 def encode_clip(
@@ -93,8 +96,8 @@ def encode_clip(
     for tokenizer, encoder in models:
         tokens = tokenizer(
             list(prompts), padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"
-        ).to(device)
-        output = encoder(input_ids=tokens.input_ids, output_hidden_states=True)
+        )
+        output = encoder(input_ids=sent(tokens.input_ids, device), output_hidden_states=True)
         if hasattr(output, "text_embeds"):
             states.append(output.hidden_states[-2])
             pooled.append(output.text_embeds)
@@ -108,11 +111,10 @@ def encode_gemma(
     tokenizer: Any, encoder: nn.Module, prompts: Sequence[str], max_tokens: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """Gemma-2's last hidden states [B, max_tokens, 2304] and bool mask [B, max_tokens]."""
-    tokens = tokenizer(
-        list(prompts), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt"
-    ).to(device)
-    output = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-    return output.last_hidden_state, tokens.attention_mask.bool()
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
+    mask = sent(tokens.attention_mask, device)
+    output = encoder(input_ids=sent(tokens.input_ids, device), attention_mask=mask)
+    return output.last_hidden_state, mask.bool()
 
 
 def join(

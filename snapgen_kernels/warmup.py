@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from snapgen_kernels.testing import Case
 
 Shapes = Mapping[str, Sequence[Mapping[str, int]]]
+
+END = "norm_silu_conv"
+_MODEL_END = {"B": 1, "C": 128, "M": 384, "H": 1024, "W": 1024, "G": 32, "O": 3}
+_SMALL_END = {"B": 1, "C": 16, "M": 32, "H": 8, "W": 8, "G": 4, "O": 3}
 
 
 def warmup(
@@ -35,9 +39,10 @@ def warmup(
 
     Args:
         shapes: op name -> sizes of each call, by the names that ``snapgen_kernels.testing`` uses (for group_norm_silu:
-            B, C, H, W, G). ``snapgen_kernels.testing.model_shapes()`` has those of the model. None: with ``tune`` the
-            model's; else the small test shapes of every op, which loads everything and compiles every kind of kernel
-            once.
+            B, C, H, W, G). ``snapgen_kernels.testing.model_shapes()`` has those of the model. Under norm_silu_conv
+            stand decoders' ends: the last block (B, C, M, H, W, G), which tells the norm after it its statistics, and
+            the layer behind it, of G groups and O outputs. None: with ``tune`` the model's; else the small test shapes
+            of every op, which loads everything and compiles every kind of kernel once.
         device: where the kernels will run.
         dtypes: dtypes to compile for.
         backward: also the backward kernels.
@@ -55,13 +60,13 @@ def warmup(
     from snapgen_kernels.testing import SPECS
 
     for op in shapes or {}:
-        if op not in SPECS:
-            raise ValueError(f"warmup: unknown op {op!r}; allowed: {', '.join(SPECS)}")
+        if op not in SPECS and op != END:
+            raise ValueError(f"warmup: unknown op {op!r}; allowed: {', '.join((*SPECS, END))}")
     device = torch.device(device)
     reason = _untunable(device) if tune else None
     if reason is not None:
         raise ValueError(f"warmup: tune is True and device is {str(device)!r}: {reason}")
-    cases = _cases(shapes, device, dtypes, tune)
+    cases: list[Case | _End] = [*_cases(shapes, device, dtypes, tune), *_ends(shapes, device, dtypes, tune)]
     with contextlib.ExitStack() as stack:
         if cases and device.type == "cuda":  # Triton launches on the current device
             stack.enter_context(torch.cuda.device(device))
@@ -72,7 +77,10 @@ def warmup(
         for index, case in enumerate(cases):
             if progress:
                 _show(f"{'tuning' if tune else 'warming up'} {index + 1}/{len(cases)} {_label(case)}")
-            _call(case, device, backward)
+            if isinstance(case, _End):
+                case.call(device)
+            else:
+                _call(case, device, backward)
     if progress and cases:
         print(file=sys.stderr)
     return len(cases)
@@ -102,6 +110,34 @@ def _cases(shapes: Shapes | None, device: torch.device, dtypes: Sequence[torch.d
     return cases
 
 
+class _End(NamedTuple):
+    """A decoder's end: its last block, and the layer behind it."""
+
+    dims: Mapping[str, int]
+    dtype: torch.dtype
+    op: str = END
+
+    def call(self, device: torch.device) -> None:
+        from snapgen_kernels.decoder_block import DecoderBlock
+        from snapgen_kernels.decoding import apply_block, norm_silu_conv
+        from snapgen_kernels.group_norm_silu import Norm
+
+        batch, channels, middle, height, width, groups, outputs = (self.dims[name] for name in "BCMHWGO")
+        block = DecoderBlock(channels, expansion=middle // channels, num_groups=groups).to(device, self.dtype)
+        x = torch.randn(batch, channels, height, width, device=device).to(self.dtype)
+        norm = Norm(groups, block.norm.weight[:channels], block.norm.bias[:channels], 1e-6)
+        y, statistics = apply_block(block, x.contiguous(memory_format=torch.channels_last), next_norm=norm)
+        weight = torch.randn(outputs, channels, 3, 3, device=device).to(self.dtype)
+        norm_silu_conv(y, norm, weight, weight[:, 0, 0, 0].contiguous(), statistics=statistics)
+
+
+def _ends(shapes: Shapes | None, device: torch.device, dtypes: Sequence[torch.dtype], tune: bool) -> list[_End]:
+    if _backend.missing_kernel(END, device.type) is not None:
+        return []
+    some = shapes.get(END, []) if shapes is not None else [_MODEL_END if tune else _SMALL_END]
+    return [_End(dims, dtype) for dims in some for dtype in dtypes]
+
+
 def _call(case: Case, device: torch.device, backward: bool) -> None:
     from snapgen_kernels import checks
 
@@ -113,7 +149,7 @@ def _call(case: Case, device: torch.device, backward: bool) -> None:
             case.spec.registered({**inputs, "keep": False} if "keep" in inputs else inputs)
 
 
-def _label(case: Case) -> str:
+def _label(case: Case | _End) -> str:
     sizes = " ".join(f"{name}={size}" for name, size in case.dims.items())
     return f"{case.op} {str(case.dtype).removeprefix('torch.')} {sizes}"
 

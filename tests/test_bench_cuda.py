@@ -1,12 +1,14 @@
 """The benchmark's CUDA branch without a GPU: on a simulated one, and in a process that lacks what it does not need."""
 
+import functools
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,14 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 import bench.__main__ as command
 import snapgen_kernels
-from bench import cases, goals, limits, machine, runner, tables, timing
+from bench import cases, goals, limits, machine, models, runner, tables
 from bench.providers.compiled import Compiled, release
 from bench.providers.eager import drawn
 from bench.results import Row, compare, read
 from bench.runner import Budget, _peak
 from bench.session import make_plan
 from bench.timing import Clock, Prepared, Untimed, inference_step, interleaved, kept_bytes
-from snapgen_kernels import _backend, checks, costs, decoder_costs
+from snapgen_kernels import _backend, checks, costs, decoder_costs, device_time
 from snapgen_kernels.testing import small_cases
 from tests.bench_runs import TINY, run
 
@@ -160,7 +162,7 @@ def test_a_part_that_the_processor_cannot_keep_up_with_is_timed_all_the_same(gpu
 
     clock = Clock("cuda")
     assert clock([waits])[0] >= 1.0
-    assert len(tries) == 1 + timing._MOST_FLUSHES.bit_length() - 1
+    assert len(tries) == 1 + device_time.MOST_FLUSHES.bit_length() - 1
     tries.clear()
     clock([waits])
     assert len(tries) == 1, "the next time it is known"
@@ -169,7 +171,7 @@ def test_a_part_that_the_processor_cannot_keep_up_with_is_timed_all_the_same(gpu
 def test_parts_are_forgotten_with_their_case(gpu: SimulatedGpu) -> None:
     clock = Clock("cuda")
     clock([lambda: gpu.launch(1e-6)])
-    assert not clock._flushes
+    assert clock._timer is not None and not clock._timer._flushes
 
 
 def test_limits_of_a_gpu_are_those_of_the_device(gpu: SimulatedGpu) -> None:
@@ -378,6 +380,65 @@ def test_memory_of_graphs_is_told_without_them(gpu: SimulatedGpu) -> None:
     ordinary = Prepared(lambda: called.append("ordinary"), whole=True)
     assert _peak(ordinary, inference_step(ordinary), "cuda", False) == 700
     assert called == ["plain", "plain", "ordinary"]
+
+
+class _Step:
+    """A provider whose weights are alive as long as its step; the second has too little memory."""
+
+    in_torch, version = True, "1"
+    alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def unfit(self, case: Any, device: str, train: bool) -> None:
+        return None
+
+    def prepare(self, case: Any, device: str, train: bool) -> Prepared:
+        assert not self.alive, "what the one before held is gone"
+
+        class Weights:
+            def __call__(self) -> None:
+                if name == "fused-low":
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmuch")
+
+        name, weights = self.name, Weights()
+        self.alive.add(weights)
+        return Prepared(weights, whole=True)
+
+
+def test_training_steps_are_alone_on_a_gpu(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several together would not fit, and one that does not fit alone stops nobody else."""
+    monkeypatch.setattr(Event, "elapsed_time", lambda start, end: 1.0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(runner, "_checked", lambda case, plan: "somewhere")
+    monkeypatch.setattr(runner, "_CHECKED", ("fused", "fused-low", "eager"))
+    monkeypatch.setattr(runner, "costs", lambda case: {"step": cases.Cost(10**9, 10**6)})
+    case = next(c for c in models.CASES if str(c) == "train-latents-float32")
+    who: list[Any] = [_Step(name) for name in ("fused", "fused-low", "eager")]
+    plan = runner.Plan("cuda", [case], ("train",), who, 0.01)
+    found = runner.run(plan, limits.assumed("cuda"), machine.provenance("cpu", "abc"), lambda case, rows: None)
+    assert [(r.provider, r.p50_ms, r.peak_bytes) for r in found.rows] == [("fused", 1.0, 700), ("eager", 1.0, 700)]
+    assert [(m[1], m[2]) for m in found.missing] == [
+        ("fused-low", "out of memory: CUDA out of memory. Tried to allocate")
+    ]
+
+
+def test_a_median_is_of_the_device_alone(gpu: SimulatedGpu) -> None:
+    """What the processor takes to queue three kernels is ten times as long."""
+    calls = []
+
+    def call() -> None:
+        calls.append(0)
+        for _ in range(3):
+            gpu.launch(2e-6, 20e-6)
+
+    timer = device_time.DeviceTimer()
+    assert timer.median(call) == pytest.approx(6e-3)
+    assert 100 <= len(calls) < 115, "once to compile, a few until it was queued in time, a hundred that count"
+    long = functools.partial(gpu.launch, 20e-3, 20e-6)
+    begin = gpu.fills
+    assert timer.median(long) == pytest.approx(20.0) and gpu.fills - begin == 5
 
 
 def test_nothing_begins_that_would_pass_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,7 @@ def test_models_count_what_info_counts() -> None:
 
 @pytest.mark.complete
 @pytest.mark.skipif(not KERNEL, reason="needs the kernels")
-@pytest.mark.parametrize("name", ["denoiser-small-float32", "train-latents-float32"])
+@pytest.mark.parametrize("name", ["denoiser-small-float32"])
 def test_models_are_timed_inside_torch_compile(name: str, tmp_path: Path) -> None:
     """As one graph, and with the results of plain PyTorch, or nothing would be timed."""
     case, out = SMALL[name], tmp_path / "rows.csv"
@@ -229,6 +229,13 @@ def test_a_training_step_trains_and_is_the_same_for_all() -> None:
     assert len(set(losses["fused"])) == 4
     for found in losses.values():
         assert found == pytest.approx(losses["channels_last"], rel=1e-3)
+
+
+@pytest.mark.complete
+def test_a_training_step_inside_torch_compile_has_the_same_losses() -> None:
+    plainly, compiled = (models.training(SMALL["train-latents-float32"], mode=mode) for mode in (None, "default"))
+    expected = [plainly().item() for _ in range(4)]
+    assert [compiled().item() for _ in range(4)] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])

@@ -70,7 +70,7 @@ def test_graphs_draw_what_the_processor_draws(inductor: bool) -> None:
         for call, expected, plain in zip(calls, right, without, strict=True):
             drawn = _draw(pipe, **call)
             torch.testing.assert_close(plain, expected, atol=2e-3, rtol=0)
-            torch.testing.assert_close(drawn, plain, atol=2e-3 if inductor else 1e-5, rtol=0)
+            torch.testing.assert_close(drawn, plain, atol=2e-3 if inductor else 1e-4, rtol=0)
 
 
 def test_graphs_see_weights_that_change() -> None:
@@ -127,9 +127,12 @@ def test_losses_in_bf16_stay_near() -> None:
 @pytest.mark.parametrize("make", [denoiser_task, autoencoder_task])
 def test_a_run_trains_saves_goes_on_and_exports(make: Any, compiled: bool, tmp_path: Path) -> None:
     def run(steps: int) -> Path:
-        config = TrainConfig(steps=steps, batch_size=8, warmup=2, cooldown=0.0, save_every=2, sample_every=3, log_every=1,
-                             dtype="bf16", compile=compiled)  # fmt: skip
+        config = TrainConfig(steps=steps, batch_size=8, warmup=2, cooldown=0.0, save_every=2, sample_every=3,
+                             log_every=1, dtype="bf16", compile=compiled)  # fmt: skip
         task = make()
+        for name in ("encoder", "decoder", "pictures"):
+            if getattr(task, name, None) is not None:
+                setattr(task, name, getattr(task, name).to(DEVICE))
         for module in task.modules.values():
             module.to(DEVICE)
         return train(task, ShapesDataset(32, length=1000), config, tmp_path / "run", console=QUIET)

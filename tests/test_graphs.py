@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from snapgen import graphs
 from snapgen.graphs import Graphed
 from snapgen.pipeline import SnapGenPipeline
 
@@ -115,6 +116,23 @@ def test_inputs_are_held_and_none_stays_none():
     assert graphed(given, None).tolist() == [1, 1] and graphed(given + 1, None).tolist() == [2, 2]
     assert len({pointer for pointer, _ in seen}) == 1 and given.data_ptr() not in {pointer for pointer, _ in seen}
     assert graphed(torch.zeros(2, dtype=torch.float64), None).dtype == torch.float64 and recorder.captured == 2
+
+
+def test_few_shapes_are_kept(monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    recorder = Recorder()
+    graphed = Graphed(lambda x: x + 1, nn.Identity(), recorder)
+    sizes = [1, 2, 1, 3, 1, 2]  # the third size takes the place of the second, which had not been called for longest
+    for size in sizes:
+        assert graphed(torch.ones(size)).tolist() == [2.0] * size
+    assert recorder.captured == 4 and len(graphed.recorded) == 2
+
+
+def test_what_was_recorded_in_inference_mode_is_written_outside_of_it():
+    graphed = Graphed(lambda x: x + 1, nn.Identity(), Recorder())
+    with torch.inference_mode():
+        assert graphed(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert graphed(torch.zeros(2)).tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("wrong", [dict(), dict(batch_size=0), dict(height=30)])

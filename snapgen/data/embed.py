@@ -138,9 +138,9 @@ class FrozenText:
         return [[config.hidden_size, config.projection_dim] for config in configs]
 
     @torch.no_grad()
-    def __call__(self, captions: Sequence[str]) -> TextEmbedding:
-        """Embeddings of captions, on the CPU: context [B, L, context_dim], mask [B, L], pooled [B, pooled_dim], in the
-        encoders' dtype. L is the same for all."""
+    def __call__(self, captions: Sequence[str], device: torch.device | str = "cpu") -> TextEmbedding:
+        """Embeddings of captions, on ``device``: context [B, L, context_dim], mask [B, L], pooled [B, pooled_dim], in
+        the encoders' dtype. L is the same for all."""
         place = next(self.modules[0].parameters())
         clip = encode_clip(self.clips, captions, place.device) if self.clips else None
         tokens = None
@@ -156,7 +156,7 @@ class FrozenText:
             device=place.device,
             dtype=place.dtype,
         )
-        return TextEmbedding(text.context.cpu(), text.mask.cpu(), None if text.pooled is None else text.pooled.cpu())
+        return TextEmbedding(*(None if part is None else part.to(device) for part in text))  # type: ignore[arg-type]
 
     def parts(self) -> dict[str, list[int]]:
         """Where each part's tokens lie in the context: [first, last + 1]."""

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from snapgen import seeds
 from snapgen.data.buckets import BucketOrder, Buckets
+from snapgen.devices import sent
 from snapgen.text import TextEmbedding
 
 
@@ -40,11 +41,7 @@ class Batch:
         """The same on another device."""
 
         def moved(value: Tensor | None) -> Tensor | None:
-            if value is None:
-                return None
-            if torch.device(device).type == "cuda" and not value.is_cuda:
-                value = value.pin_memory()  # a GPU is not waited for then
-            return value.to(device, non_blocking=True)
+            return None if value is None else sent(value, device)
 
         text = self.text and TextEmbedding(*(moved(part) for part in self.text))  # type: ignore[arg-type]
         return replace(self, images=moved(self.images), latents=moved(self.latents), text=text)

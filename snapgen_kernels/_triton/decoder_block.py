@@ -29,6 +29,7 @@ exists but two bands; 4 units are moved, and PW1 is multiplied twice. ``keep_mid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ from snapgen_kernels._triton.pointwise import Moments, ProductConfig, new_moment
 from snapgen_kernels._triton.sepconv import into
 from snapgen_kernels.decoder_block import Weights, new_outputs
 from snapgen_kernels.decoding import Progress, Statistics
-from snapgen_kernels.sepconv import new_image
+from snapgen_kernels.sepconv import is_channels_last, new_image
 
 # Rows of a band are a multiple, so that tiles of moments are those of the whole image.
 BAND = 16
@@ -126,16 +127,21 @@ class Block(NamedTuple):
         return tuning.choose("depthwise_moments", key, configs, default, launch)
 
 
-def _statistics(block: Block, plan: Plan, config: DepthwiseConfig, h: Tensor | None) -> tuple[Tensor, ...]:
-    """Mean, rstd, scale and offset of the norm; the middle image into ``h``."""
+def _statistics(
+    block: Block, plan: Plan, config: DepthwiseConfig, new: Callable[[], Tensor] | None
+) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The middle image, in what ``new`` makes, or None; mean, rstd, scale and offset of the norm."""
     batch, _, height, width = block.x.shape
     tiles = new_tiles(block.x, block.weights.dw2_bias.shape[0], height, config)
+    h: Tensor | None = None
     for band in bands(plan, batch, height):
         h1, rows = block.first(band)
+        if h is None and new is not None:
+            h = new()  # not before the first depthwise image is gone
         some = tiles._replace(part=tiles.part[:, band.first : band.last])
         block.second(h1, rows, None if h is None else band.of(h), some, config)
         del h1  # the next one takes its place
-    return affine_of(tiles, block.weights, block.num_groups, block.eps, height, width)
+    return h, affine_of(tiles, block.weights, block.num_groups, block.eps, height, width)
 
 
 def _to_the_end(block: Block, product: NormedProduct, h: Tensor, y: Tensor, measured: bool) -> Moments | None:
@@ -201,13 +207,11 @@ def run(
 
     def follow(plan: Plan) -> Result:
         config = block.moments_config(plan, not twice)
-        h = h2 = None
-        if keep_middle:
-            h = new_image(x, middle, *x.shape[2:])
-            h2 = into(h)
-        elif not twice:
-            h2 = new_channels_last(x, x.shape[0], middle, *x.shape[2:])
-        mean, rstd, scale, offset = _statistics(block, plan, config, h2)
+
+        def new() -> Tensor:
+            return new_channels_last(x, x.shape[0], middle, *x.shape[2:])
+
+        h2, (mean, rstd, scale, offset) = _statistics(block, plan, config, None if twice else new)
         product = NormedProduct(block.weights.pw2_weight, scale, offset)
         y = new_image(x, *x.shape[1:])  # not before what is in front of the middle image is gone
         out = into(y)
@@ -215,9 +219,10 @@ def run(
             found = _once_more(block, plan, config, product, out, measured)
         else:
             found = _to_the_end(block, product, h2, out, measured)
-        if h is not None and h2 is not None and h2 is not h:
-            h.copy_(h2)
-        return Result(y if out is y else y.copy_(out), x.new_empty(0) if h is None else h, mean, rstd, found)
+        kept = x.new_empty(0)
+        if keep_middle and h2 is not None:
+            kept = h2 if is_channels_last(x) else new_image(x, middle, *x.shape[2:]).copy_(h2)
+        return Result(y if out is y else y.copy_(out), kept, mean, rstd, found)
 
     key = (str(x.dtype), *x.shape, middle, keep_middle, common.precision(x.dtype))
     return follow(tuning.choose("decoder_block", key, candidates, default, follow))

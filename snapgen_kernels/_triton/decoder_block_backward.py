@@ -216,7 +216,8 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
                 flags: dict[str, Any] = {"FAST": fast, "EVEN_K": whole, "PRECISION": precision}
                 flags |= {"products": dtype != torch.float32 or precision == "tf32"}
                 sizes = ("K", "N") if whole else ()
-                for extra in ({}, {"p_a": None}) if whole else ({},):
+                # Whole channels need not be whole blocks: the decoder's 160 are two and a half.
+                for extra in ({}, {"p_a": None}, {"EVEN_K": False}) if whole else ({},):
                     added: dict[str, Any] = {**flags, **extra}
                     found.append(common.build(gradient_product_kernel, dtype, images, config, sizes, **added))
     return found

@@ -56,7 +56,7 @@ CHANNELS_LAST = (Tile(128, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4), Tile(128, 6
 NARROW = (Tile(128, 32, 4),)
 CONTIGUOUS = (Tile(512, 8, 4), Tile(256, 16, 4))
 SMALL = (Tile(64, 64, 4),)
-MERGE_BLOCK = 256
+MERGE_BLOCK = 1024
 # Chunks of one sample: few enough that merging them stays cheap.
 MAX_CHUNKS = 512
 # Programs of one sample: two for each multiprocessor of the largest GPUs. A constant, since results depend on it.

@@ -405,11 +405,13 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     for ending, simple, whole in variants():
         for precision in precisions(dtype, nvidia):
             for config in product_configs(dtype, precision, nvidia, 90, simple, whole):
-                flags: dict[str, Any] = {**ending, "EVEN_K": whole, "PRECISION": precision}
+                flags: dict[str, Any] = {**ending, "PRECISION": precision}
                 flags |= {"products": dtype != torch.float32 or precision == "tf32", "only": only(config)}
                 sizes = ("K", "N", "KS") if whole else ()
                 bare = not any(ending.values())
                 for transposed in (True, False) if bare and whole else (bare,):
-                    flags["TRANSPOSED"] = transposed
-                    found.append(common.build(pointwise_kernel, dtype, IMAGES, config, sizes, **flags))
+                    # Whole channels need not be whole blocks: the decoder's 160 are two and a half.
+                    for even in (True, False) if bare and whole else (whole,):
+                        added = {**flags, "TRANSPOSED": transposed, "EVEN_K": even}
+                        found.append(common.build(pointwise_kernel, dtype, IMAGES, config, sizes, **added))
     return found

@@ -42,6 +42,7 @@ import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from snapgen_kernels import _backend
+from snapgen_kernels.device_time import DeviceTimer
 
 log = logging.getLogger("snapgen_kernels")
 
@@ -123,8 +124,8 @@ class tuning(_InThisThread):  # read as a verb: with tuning()
     """A block in which every choice is measured once, in this thread alone.
 
     Args:
-        timer: milliseconds that a function takes; None: the median of ``triton.testing.do_bench``, which empties the
-            L2 cache before each run.
+        timer: milliseconds that a function takes; None: the GPU's own time, the processor's left out, with cold caches
+            (:class:`snapgen_kernels.device_time.DeviceTimer`), as where a CUDA graph launches.
 
     Raises:
         RuntimeError: there is no GPU, and no ``timer``.
@@ -133,11 +134,7 @@ class tuning(_InThisThread):  # read as a verb: with tuning()
     def __init__(self, timer: Timer | None = None) -> None:
         if timer is None and not torch.cuda.is_available():
             raise RuntimeError("tuning measures on a GPU, and torch sees none")
-        super().__init__(_session, _Session(timer or _median))
-
-
-def _median(function: Callable[[], object]) -> float:
-    return triton.testing.do_bench(function, return_mode="median")
+        super().__init__(_session, _Session(timer or DeviceTimer().median))
 
 
 def _tune(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import snapgen_kernels
-from snapgen_kernels import _backend
+from snapgen_kernels import _backend, decoding
 from snapgen_kernels.testing import SPECS
 from tests.ops.variants import built
 
@@ -155,6 +155,22 @@ def test_warmup() -> None:
     assert snapgen_kernels.warmup(sizes, progress=False) == (2 if expected else 0)
     with pytest.raises(ValueError, match="conv9"):
         snapgen_kernels.warmup({"conv9": []})
+
+
+@built
+def test_warmup_of_a_decoders_end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What no registered op calls: a block that tells the next norm its statistics, and the last layer, given these."""
+    told: list[bool] = []
+
+    def noted(x: torch.Tensor, *rest: object, statistics: object) -> None:
+        told.append(statistics is not None and x.shape == (2, 8, 5, 7))
+
+    monkeypatch.setattr(decoding, "norm_silu_conv", noted)
+    sizes = {"B": 2, "C": 8, "M": 16, "H": 5, "W": 7, "G": 4, "O": 3}
+    assert snapgen_kernels.warmup({"norm_silu_conv": [sizes]}) == 2 and told == [True, True]
+    assert "warming up 2/2 norm_silu_conv bfloat16 B=2 C=8 M=16" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert snapgen_kernels.warmup({"norm_silu_conv": [sizes]}, progress=False) == 2
 
 
 @built
