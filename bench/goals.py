@@ -226,7 +226,7 @@ def _line(goal: Goal, group: Comparison | None) -> str:
             peers = (row.provider for row in group.rows if row.provider not in OURS)
             measured = measured.replace("the best peer", f"the best of {', '.join(peers)}")
         if group.fused is not None and group.fused.provider == "fused-compile" and not goal.kind.startswith("low"):
-            measured += ", inside torch.compile"
+            measured += " (ours inside torch.compile)"
         reached = value <= goal.value if at_most else value >= goal.value
         measured, verdict = (f"**{measured}**", "reached") if reached else (measured, "missed")
     sign = "at most " if at_most else ""

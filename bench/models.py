@@ -76,12 +76,15 @@ class ModelCase:
 CASES: tuple[ModelCase, ...] = (
     ModelCase("decoder", "512px", "t2i-1024", 64),
     ModelCase("decoder", "1024px", "t2i-1024", 128),
+    ModelCase("decoder", "2048px", "t2i-1024", 256, gpu=True),
     ModelCase("denoiser", "t2i-32x32", "t2i-1024", 32),
     ModelCase("denoiser", "t2i-128x128", "t2i-1024", 128),
     ModelCase("denoiser", "t2i-128x128-b2", "t2i-1024", 128, batch=2, gpu=True),  # with guidance
     ModelCase("train", "tiny-b64", "tiny", 8, batch=64),
     ModelCase("train", "t2i-quarter-b8", "t2i-1024", 32, batch=8, narrow=4),
     ModelCase("train", "t2i-128x128-b8", "t2i-1024", 128, batch=8, gpu=True),
+    ModelCase("train", "t2i-128x128-b4", "t2i-1024", 128, batch=4, gpu=True),
+    ModelCase("train", "t2i-128x128-b16", "t2i-1024", 128, batch=16, gpu=True),
     ModelCase("train", "imagenet-256-b256", "imagenet-256", 32, batch=256, tokens=77, gpu=True),
     ModelCase("picture", "1024px-4", "t2i-1024", 128, gpu=True),
     ModelCase("decoder", "small", "tiny", 2, bench=False),

@@ -37,7 +37,8 @@ _LEGEND = (
     "Medians in milliseconds, providers in turns within one run. *Gain*: the best peer's time over ours. *Stock*: the "
     "same with glibc's malloc as it comes, which is otherwise told to keep its pages. *GEMM*: our FLOP/s over those of "
     "a large matrix product. *Floor*: the share of the time that the machine's own matrix products and memory copies, "
-    "measured in the same run, allow. *Memory*: our peak beyond weights and inputs over PyTorch's. *bwd* is the "
+    "measured in the same run, allow. Ours is the faster of *fused* and *fused-compile*, the whole model inside "
+    "torch.compile with our ops in it. *Memory*: our peak beyond weights and inputs over PyTorch's. *bwd* is the "
     "backward pass alone, *step* a whole training step with its optimizer. Whole models have random weights."
 )
 

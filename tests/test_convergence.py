@@ -44,8 +44,8 @@ def losses(mode: str, steps: int, **changes) -> list[float]:
 
 
 def half_width_losses(mode: str, steps: int, micro_batch: int = 4) -> list[float]:
-    """Of `t2i-1024` with every width halved, on the same four latents of 16x16 with new noise at every step."""
-    task, batch = make_task(ModelCase("train", "half", "t2i-1024", 16, batch=4, tokens=20, narrow=2))
+    """Of `t2i-1024` with every width halved, on the same four latents of 8x8 with new noise at every step."""
+    task, batch = make_task(ModelCase("train", "half", "t2i-1024", 8, batch=4, tokens=20, narrow=2))
     task.text = CachedText(TextEmbedding(batch.text.context[:1], None, batch.text.pooled[:1]))
     config = TrainConfig(steps=steps, batch_size=4, micro_batch=micro_batch, warmup=4, lr=5e-4)
     state = TrainState(task, config)

@@ -4,7 +4,6 @@ of what it normalises, SiLU of which is made in registers on its way there.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from snapgen_kernels._triton.group_norm_silu import MERGE_BLOCK
 from snapgen_kernels._triton.pointwise import (
     ProductConfig,
     are_whole,
+    dividing,
     filling,
     finish,
     new_moments,
@@ -158,11 +158,14 @@ def normed_product_kernel(
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
 
-def normed_configs(dtype: torch.dtype, precision: str, nvidia: bool, whole: bool) -> tuple[ProductConfig, ...]:
+def normed_configs(
+    dtype: torch.dtype, precision: str, nvidia: bool, inputs: int, outputs: int
+) -> tuple[ProductConfig, ...]:
     """The candidates of products with a norm in front or its gradient behind: those with registers left for it."""
+    whole = are_whole(inputs, outputs)
     found = [c for c in product_configs(dtype, precision, nvidia, 0, False, whole) if only(c) == 0]
     small = dtype == torch.float32 or not nvidia
-    return tuple(c for c in found if not small or c.block_m * c.block_n <= 64 * 64)
+    return dividing([c for c in found if not small or c.block_m * c.block_n <= 64 * 64], inputs)
 
 
 def _merge_block(block_c: int) -> int:
@@ -217,7 +220,7 @@ class NormedProduct(NamedTuple):
         def launch(config: ProductConfig) -> None:
             self.launch(h, residual, y, config, new_moments(y, config.block_m).part if statistics else None)
 
-        configs = normed_configs(h.dtype, precision, torch.version.hip is None, are_whole(inputs, outputs))
+        configs = normed_configs(h.dtype, precision, torch.version.hip is None, inputs, outputs)
         default = filling(configs, batch, pixels, outputs, common.processors(h))
         key = (str(h.dtype), precision, batch, pixels, inputs, outputs, statistics)
         return tuning.choose("normed_product", key, configs, default, launch)
@@ -235,13 +238,12 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
         constants = {"CG": per_group, "BLOCK_CG": block_c, "BLOCK": _merge_block(block_c), "FAST": fast}
         found.append(Build(merge_tiles_kernel, constants, {}, {"num_warps": 4}))
     for precision in precisions(dtype, nvidia):
-        for whole in (True, False):
-            for config in normed_configs(dtype, precision, nvidia, whole):
-                flags: dict[str, Any] = {"FAST": fast, "PRECISION": precision}
+        for inputs in (384, 480, 33):
+            for config in normed_configs(dtype, precision, nvidia, inputs, inputs):
+                flags: dict[str, Any] = {"FAST": fast, "EVEN_K": inputs % 32 == 0, "PRECISION": precision}
                 flags |= {"products": dtype != torch.float32 or precision == "tf32"}
-                sizes = ("K", "N") if whole else ()
-                # Whole channels need not be whole blocks: the decoder's 480 are seven and a half.
-                for measured, even in itertools.product((False, True), (True, False) if whole else (False,)):
-                    added = {**flags, "STATISTICS": measured, "EVEN_K": even}
+                sizes = ("K", "N") if inputs % 32 == 0 else ()
+                for measured in (False, True):
+                    added = {**flags, "STATISTICS": measured}
                     found.append(common.build(normed_product_kernel, dtype, images, config, sizes, **added))
     return found

@@ -5,6 +5,7 @@ the next norm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -269,6 +270,15 @@ def product_configs(
     return tuple(c for c in PRODUCT_CONFIGS if only(c) in (0, capability) and (simple or c.block_n <= 128))
 
 
+def dividing(configs: Sequence[ProductConfig], *inputs: int) -> tuple[ProductConfig, ...]:
+    """The same with steps of 32 inputs where 32 divides the inputs and 64 does not, as of the decoder's 160 and 480
+    channels: a last step that is half empty costs masks in all of them."""
+    if all(count % 64 == 0 for count in inputs) or any(count % 32 for count in inputs):
+        return tuple(configs)
+    halved = (c._replace(block_k=32, num_stages=c.num_stages + 1) if c.block_k == 64 else c for c in configs)
+    return tuple(dict.fromkeys(halved))
+
+
 def is_simple(ending: Epilogue) -> bool:
     """Whether the widest accumulators leave registers enough: for one thing to add, not for a second product."""
     return ending.extras() <= 1 and ending.shortcut is None
@@ -330,7 +340,8 @@ def product_config(
     batch, inputs, height, width = d.shape
     outputs, precision = y.shape[1], precision or common.precision(d.dtype)
     nvidia, whole = torch.version.hip is None, are_whole(inputs, outputs, ending.inputs())
-    configs = product_configs(d.dtype, precision, nvidia, common.capability(d), is_simple(ending), whole)
+    listed = product_configs(d.dtype, precision, nvidia, common.capability(d), is_simple(ending), whole)
+    configs = dividing(listed, inputs, ending.inputs())
     key = (
         str(d.dtype),
         precision,
@@ -387,6 +398,9 @@ ENDINGS = (
 IMAGES = ("p_d", "p_y", "p_w", "p_bias", "p_shift", "p_residual", "p_xs", "p_ws")
 
 
+_HALVES = 160  # channels that steps of 32 divide, and steps of 64 do not
+
+
 def precisions(dtype: torch.dtype, nvidia: bool) -> tuple[str, ...]:
     """What :func:`common.precision` may give."""
     return ("ieee", "tf32") if dtype == torch.float32 and nvidia else ("ieee",)
@@ -404,14 +418,14 @@ def builds(dtype: torch.dtype, nvidia: bool) -> list[Build]:
     found: list[Build] = []
     for ending, simple, whole in variants():
         for precision in precisions(dtype, nvidia):
-            for config in product_configs(dtype, precision, nvidia, 90, simple, whole):
-                flags: dict[str, Any] = {**ending, "PRECISION": precision}
+            bare = not any(ending.values())
+            listed = product_configs(dtype, precision, nvidia, 90, simple, whole)
+            # The decoder's products have nothing behind them.
+            for config in dict.fromkeys((*listed, *dividing(listed, _HALVES))) if bare and whole else listed:
+                flags: dict[str, Any] = {**ending, "EVEN_K": whole, "PRECISION": precision}
                 flags |= {"products": dtype != torch.float32 or precision == "tf32", "only": only(config)}
                 sizes = ("K", "N", "KS") if whole else ()
-                bare = not any(ending.values())
                 for transposed in (True, False) if bare and whole else (bare,):
-                    # Whole channels need not be whole blocks: the decoder's 160 are two and a half.
-                    for even in (True, False) if bare and whole else (whole,):
-                        added = {**flags, "TRANSPOSED": transposed, "EVEN_K": even}
-                        found.append(common.build(pointwise_kernel, dtype, IMAGES, config, sizes, **added))
+                    flags["TRANSPOSED"] = transposed
+                    found.append(common.build(pointwise_kernel, dtype, IMAGES, config, sizes, **flags))
     return found
