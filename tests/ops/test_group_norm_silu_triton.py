@@ -2,10 +2,6 @@
 offsets, the fast formulas. Under Triton's interpreter, in a process of its own; the rules are plain Python."""
 
 import contextlib
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,13 +14,9 @@ from torch import Tensor
 from snapgen_kernels import checks
 from snapgen_kernels.group_norm_silu import statistics
 from snapgen_kernels.testing import Case, bench_cases
+from tests.ops.inside import INSIDE, MISSING, assert_passes, inside, marks, outside
 
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
-MISSING = importlib.util.find_spec("triton") is None
-
-pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(MISSING, reason="triton is not installed")]
-inside = pytest.mark.skipif(not INSIDE, reason="runs in the process that test_under_the_interpreter starts")
-outside = pytest.mark.skipif(INSIDE, reason="is the parent process")
+pytestmark = marks
 
 NAME = "group_norm_silu"
 MODEL = [case for case in bench_cases(NAME) if case.dtype == torch.bfloat16 and "ch-" in case.name]
@@ -33,11 +25,7 @@ DIMS = {"B": 3, "C": 40, "H": 7, "W": 9, "G": 4}
 
 @outside
 def test_under_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+    assert_passes(__file__)
 
 
 @pytest.fixture

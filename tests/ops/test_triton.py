@@ -6,12 +6,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +16,9 @@ import torch
 
 from snapgen_kernels import _backend, checks
 from snapgen_kernels.testing import LAYOUTS, SPECS, Case
+from tests.ops.inside import INSIDE, MISSING, assert_passes, inside, marks, outside
 
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
-MISSING = importlib.util.find_spec("triton") is None
-
-pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(MISSING, reason="triton is not installed")]
-inside = pytest.mark.skipif(not INSIDE, reason="runs in the processes that test_under_the_interpreter starts")
+pytestmark = marks
 
 # The files of snapgen_kernels/_triton with an op's forward and backward.
 FILES = {
@@ -143,14 +137,10 @@ CASES = [case for op in FILES for case in _cases(op)]
 ops = pytest.mark.parametrize("op", list(FILES))
 
 
-@pytest.mark.skipif(INSIDE, reason="is the parent process")
+@outside
 @pytest.mark.parametrize("group", GROUPS)
 def test_under_the_interpreter(group: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", GROUPS[group]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+    assert_passes(__file__, GROUPS[group])
 
 
 @pytest.fixture(autouse=True, scope="module")

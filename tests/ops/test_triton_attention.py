@@ -2,13 +2,8 @@
 in every direction, indices past 2^31. Under Triton's interpreter, in a process of its own (see test_triton.py)."""
 
 import contextlib
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,22 +15,15 @@ from snapgen_kernels.attention import _composed, _reference_with_statistics, ref
 from snapgen_kernels.qk_norm_rope import reference as qk_norm_rope_reference
 from snapgen_kernels.qk_norm_rope import rope_2d
 from snapgen_kernels.testing import Case, Inputs
+from tests.ops.inside import INSIDE, MISSING, assert_passes, inside, marks, outside
 
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
-MISSING = importlib.util.find_spec("triton") is None
-
-pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(MISSING, reason="triton is not installed")]
-inside = pytest.mark.skipif(not INSIDE, reason="runs in the process that test_under_the_interpreter starts")
+pytestmark = marks
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.skipif(INSIDE, reason="is the parent process")
+@outside
 def test_under_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+    assert_passes(__file__)
 
 
 @pytest.fixture(autouse=True, scope="module")

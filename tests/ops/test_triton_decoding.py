@@ -4,11 +4,8 @@ statistics of the norm after the last block out of its product, and the last lay
 import importlib
 import importlib.util
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,22 +18,15 @@ from snapgen_kernels import Norm, checks
 from snapgen_kernels.decoder_block import Weights
 from snapgen_kernels.decoding import reference
 from snapgen_kernels.testing import LAYOUTS, Case, _laid_out
+from tests.ops.inside import INSIDE, MISSING, assert_passes, inside, marks, outside
 
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
-MISSING = importlib.util.find_spec("triton") is None
-
-pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(MISSING, reason="triton is not installed")]
-inside = pytest.mark.skipif(not INSIDE, reason="runs in the process that test_under_the_interpreter starts")
+pytestmark = marks
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.mark.skipif(INSIDE, reason="is the parent process")
+@outside
 def test_under_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+    assert_passes(__file__)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,10 +1,6 @@
 """The Triton backward of sepconv and resblock without a GPU, under Triton's interpreter, in a process of its own (see
 test_triton.py). Where a test is about the backward's own kernels, PyTorch stands in for the forward's."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,22 +15,15 @@ from torch import Tensor
 
 from snapgen_kernels import checks
 from snapgen_kernels.testing import LAYOUTS, Case, Inputs
+from tests.ops.inside import INSIDE, MISSING, assert_passes, inside, marks, outside
 
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
-MISSING = importlib.util.find_spec("triton") is None
-
-pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(MISSING, reason="triton is not installed")]
-inside = pytest.mark.skipif(not INSIDE, reason="runs in the process that test_under_the_interpreter starts")
+pytestmark = marks
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.mark.skipif(INSIDE, reason="is the parent process")
+@outside
 def test_under_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+    assert_passes(__file__)
 
 
 def _launcher(op: str) -> Callable[..., tuple[Tensor, ...]]:
