@@ -53,8 +53,9 @@ class Options:
     seconds: float | None = None
     """Time to spend on each case and mode, over all providers, after warm-up (default: 4; 0.6 with --quick)."""
     minutes: float | None = None
-    """Begin no case after that, and no compiler that would not be done by then, as far as those before it tell; what is
-    left out is listed, and --case takes it alone (default: 9 for --device cuda --suite model, else no limit)."""
+    """Minutes after which no case begins, nor before it a compiler that is expected to take longer. What is left out is
+    listed, and --case takes it alone (default: 9 for --device cuda --suite model, 40 seconds with --quick, else
+    none)."""
     out: Path | None = None
     """CSV file to append to (default: bench/results/<machine>.csv)."""
     json: Path | None = None

@@ -74,7 +74,7 @@ class Budget:
         """None before the deadline, else a reason."""
         if self.deadline is None or time.perf_counter() - self.begun <= self.deadline:
             return None
-        return f"left out: {self.deadline:g} s were over"
+        return f"left out: the {self.deadline:g} s were over"
 
     def refuses(self, provider: str, compiled: float) -> str | None:
         """None if ``provider`` may get ready: it is guessed to take as long as it ever did, and max-autotune three
@@ -82,7 +82,7 @@ class Budget:
         guess = max(self._longest.get(provider, 0.0), 3 * compiled if provider == "compile-max" else 0.0)
         if self.deadline is None or time.perf_counter() - self.begun + guess <= self.deadline:
             return None
-        return f"left out: it takes about {guess:.0f} s to get ready, and {self.deadline:g} s would be over"
+        return f"left out: it takes about {guess:.0f} s to get ready, and the {self.deadline:g} s would be over"
 
     def took(self, provider: str, seconds: float) -> None:
         self._longest[provider] = max(seconds, self._longest.get(provider, 0.0))
@@ -181,15 +181,11 @@ def _time(
             if reason is None:
                 before = time.perf_counter()
                 try:
-                    found = _ready(provider, case, plan, train, clock, yardstick)
+                    ready[provider.name], own = _ready(provider, case, plan, train, clock, yardstick, alone)
+                    samples |= own
                     budget.took(provider.name, time.perf_counter() - before)
                     if provider.name == "compile":
                         compiled = time.perf_counter() - before
-                    if alone:
-                        share = plan.seconds / len(plan.providers)
-                        samples |= interleaved({provider.name: found.step}, clock, share, warm=True)
-                        found = found._replace(step=())
-                    ready[provider.name] = found
                 except (FusedUnavailable, Unusable) as error:
                     reason = str(error)
                 except torch.OutOfMemoryError as error:
@@ -247,9 +243,16 @@ class _Ready(NamedTuple):
 
 
 def _ready(
-    provider: Provider, case: Case | ModelCase, plan: Plan, train: bool, clock: Clock, yardstick: Yardstick
-) -> _Ready:
-    """Prepare, compile and compare with eager, and measure the memory of a provider."""
+    provider: Provider,
+    case: Case | ModelCase,
+    plan: Plan,
+    train: bool,
+    clock: Clock,
+    yardstick: Yardstick,
+    alone: bool,
+) -> tuple[_Ready, dict[str, list[list[float]]]]:
+    """Prepare, compile and compare with eager, and measure the memory of a provider; ``alone``: time it at once, and
+    let its step go."""
     prepared = provider.prepare(case, plan.device, train)
     if provider.name in _CHECKED:
         prepared.call()
@@ -259,7 +262,10 @@ def _ready(
     if not prepared.whole or not provider.in_torch:
         clock(step)
     peak = _peak(prepared, step, plan.device, train) if provider.in_torch else -1
-    return _Ready(step, peak, kept_bytes(step) if clock.cuda and train and not prepared.whole else -1)
+    kept = kept_bytes(step) if clock.cuda and train and not prepared.whole else -1
+    if not alone:
+        return _Ready(step, peak, kept), {}
+    return _Ready((), peak, kept), interleaved({provider.name: step}, clock, plan.seconds / 4, warm=True)
 
 
 def _peak(prepared: Prepared, step: Step, device: str, train: bool) -> int:
@@ -268,8 +274,11 @@ def _peak(prepared: Prepared, step: Step, device: str, train: bool) -> int:
         if prepared.ungraphed is None:
             return -1
         step = inference_step(replace(prepared, call=prepared.ungraphed))
-        for part in step:  # what compiles or is packed once is no part of it
-            part()
+        # As it was recorded: in another mode torch.compile would compile once more.
+        with torch.inference_mode(False), torch.no_grad():
+            for part in step:  # what is packed once is no part of it
+                part()
+            return peak_bytes(step, device)
     return peak_bytes(step, device, twice=train and prepared.whole)
 
 

@@ -61,6 +61,7 @@ def session(options: Options, console: Console) -> int:
         torch.backends.cudnn.allow_tf32 = False
     if options.tune:
         _tune(plan)
+        begun = time.perf_counter()  # the deadline is for what is timed
     rates = limits.measure(options.device, dtypes, 0.25 if options.quick or options.small else 1.0)
     show.limits(console, rates)
     if options.device == "cuda":

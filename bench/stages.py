@@ -49,7 +49,8 @@ class Stages:
     """Where a model's time goes, part by part, beside each part's floor."""
 
     model: Literal["denoiser", "decoder", "picture", "train"] = "denoiser"
-    """Which network, with random weights; or a picture, from its prompt on, in four steps; or a training step."""
+    """Which network, with random weights (of the decoder, the parts that training runs); or a picture, from its prompt
+    on, in four steps; or a training step."""
     preset: str = "t2i-1024"
     """Of which preset."""
     side: int = 128
@@ -106,7 +107,7 @@ def measure(case: ModelCase, rounds: int, *, plain: bool = False, nvtx: bool = F
     parts = [Part(name, type(module).__name__, Cost(0, 0), []) for name, module in parts_of(network).items()]
     whole: list[float] = []
     network.requires_grad_(False)
-    # Where gradients are off, a CPU's decoder writes blocks over their inputs without calling them.
+    # Where gradients are off, a decoder's blocks run without being called, and its last norm and convolution as one.
     with torch.inference_mode(False), torch.set_grad_enabled(case.op == "decoder"):
         _count(network, inputs, parts)
         with _ranges(nvtx), _mode(plain):

@@ -196,8 +196,8 @@ class SnapGenPipeline(DiffusionPipeline):
                 was trained at.
             guidance: whether there will be classifier-free guidance, which doubles the batch; by default whether the
                 pipeline guides by itself.
-            inductor: let torch.compile join what stands between the denoiser's fused operations first, which takes it
-                minutes for each size; it refuses a ninth.
+            inductor: let torch.compile join what stands between the denoiser's fused operations first. It takes minutes
+                for each size and number of pictures, and allows eight of them.
             capture: how to record.
 
         Raises:

@@ -206,6 +206,20 @@ OP = register(
 )
 
 
+def check(x: Tensor, weights: Weights, num_groups: int) -> None:
+    """Raise unless the weights are those of a block for x [B, C, H, W]."""
+    check_image(NAME, "x", x)
+    channels = x.shape[1]
+    depthwise, pointwise = ("dw1_weight", weights.dw1_weight), ("pw1_weight", weights.pw1_weight)
+    middle = check_separable(NAME, x, depthwise, pointwise, channels)
+    check_shape(NAME, "dw1_bias", weights.dw1_bias, (channels,), x)
+    check_shape(NAME, "dw2_weight", weights.dw2_weight, (middle, 1, 3, 3), x)
+    check_shape(NAME, "pw2_weight", weights.pw2_weight, (channels, middle, 1, 1), x)
+    check_groups(NAME, middle, num_groups)
+    for name in ("dw2_bias", "norm_weight", "norm_bias"):
+        check_shape(NAME, name, getattr(weights, name), (middle,), x)
+
+
 def decoder_block(
     x: Tensor,
     dw1_weight: Tensor,
@@ -240,16 +254,8 @@ def decoder_block(
         ValueError, TypeError: an argument does not fit; the message names it.
         FusedUnavailable: under ``use("fused")``, no kernel takes this call.
     """
-    check_image(NAME, "x", x)
-    channels = x.shape[1]
-    middle = check_separable(NAME, x, ("dw1_weight", dw1_weight), ("pw1_weight", pw1_weight), channels)
-    check_shape(NAME, "dw1_bias", dw1_bias, (channels,), x)
-    check_shape(NAME, "dw2_weight", dw2_weight, (middle, 1, 3, 3), x)
-    check_shape(NAME, "pw2_weight", pw2_weight, (channels, middle, 1, 1), x)
-    check_groups(NAME, middle, num_groups)
-    for name, tensor in (("dw2_bias", dw2_bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        check_shape(NAME, name, tensor, (middle,), x)
     weights = Weights(dw1_weight, dw1_bias, pw1_weight, dw2_weight, dw2_bias, norm_weight, norm_bias, pw2_weight)
+    check(x, weights, num_groups)
     if _backend.select(NAME, x.device.type, _unsupported(x, weights) or unsupported_layout(x)):
         trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
         keep_middle = trained and not low_memory

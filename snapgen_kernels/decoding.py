@@ -22,7 +22,7 @@ from torch import Tensor
 
 from snapgen_kernels import _backend
 from snapgen_kernels._library import check_groups, check_image, check_shape, on_its_device
-from snapgen_kernels.decoder_block import DecoderBlock
+from snapgen_kernels.decoder_block import DecoderBlock, check
 from snapgen_kernels.decoder_block import _unsupported as _block_unsupported
 from snapgen_kernels.group_norm_silu import Norm, group_norm_silu
 from snapgen_kernels.group_norm_silu import reference as group_norm_silu_reference
@@ -76,6 +76,8 @@ def norm_silu_conv(
         weight: [O, C, 3, 3]. bias: [O].
         statistics: mean and rstd of x's groups, [B, G] in fp32, where the caller has them.
 
+    The GPU's kernel takes x in channels_last, and up to three outputs.
+
     Returns:
         [B, O, H, W]; channels_last where the kernel runs.
 
@@ -90,6 +92,10 @@ def norm_silu_conv(
     check_shape(NAME, "norm.bias", norm.bias, (channels,), x)
     check_shape(NAME, "weight", weight, (weight.shape[0], channels, 3, 3), x)
     check_shape(NAME, "bias", bias, (weight.shape[0],), x)
+    for name, known in zip(("mean", "rstd"), statistics or (), strict=False):
+        check_shape(NAME, f"statistics: {name}", known, (x.shape[0], norm.num_groups), x)
+        if known.dtype != torch.float32:
+            raise TypeError(f"{NAME}: statistics: {name} has dtype {known.dtype}; expected torch.float32")
     if _backend.select(NAME, x.device.type, _unsupported(x, norm, weight, bias) or unsupported_layout(x)):
         return _kernels(x.device.type)[1](x, norm, weight, bias, statistics)
     return F.conv2d(group_norm_silu(x, *norm), weight, bias, padding=1)
@@ -110,14 +116,16 @@ def apply_block(
         memory: bytes that the call may take beside x, None: any. Less than the middle image needs: that is computed
             twice.
         next_norm: a norm that follows on y.
-        progress: on a CPU, called with the share of the work that is done.
+        progress: called with the share of the work that is done; on a GPU once, when all of it is queued.
 
     Returns:
         y, and mean and rstd of y's groups if ``next_norm`` is given and the kernel had them at hand.
     """
     weights, num_groups, eps = block.weights(), block.norm.num_groups, block.norm.eps
-    reason = _block_unsupported(x, weights) or _indirect(x) or unsupported_layout(x)
-    if _backend.select("decoder_block", x.device.type, reason):
+    check(x, weights, num_groups)
+    reason = _block_unsupported(x, weights) or unsupported_layout(x)
+    # Otherwise the block's op decides for itself.
+    if _indirect(x) is None and _backend.select("decoder_block", x.device.type, reason):
         following = None if next_norm is None else (next_norm.num_groups, next_norm.eps)
         return _kernels(x.device.type)[0](x, weights, num_groups, eps, memory, following, progress)
     middle = x[:, :1].numel() * block.depthwise2.out_channels * x.element_size()
@@ -132,4 +140,7 @@ def _kernels(device_type: str) -> tuple[Callable[..., tuple[Tensor, Statistics |
         return cpu.inplace, cpu.norm_conv
     from snapgen_kernels._triton import decoder_block, norm_conv
 
-    return on_its_device("decoder_block", decoder_block.apply), on_its_device(NAME, norm_conv.norm_conv)
+    return (
+        on_its_device("snapgen::decoder_block", decoder_block.apply),
+        on_its_device(f"snapgen::{NAME}", norm_conv.norm_conv),
+    )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, Sequence[Mapping[str, int]]]
 
 END = "norm_silu_conv"
+_END_SIZES = ("B", "C", "M", "H", "W", "G", "O")
 _MODEL_END = {"B": 1, "C": 128, "M": 384, "H": 1024, "W": 1024, "G": 32, "O": 3}
 _SMALL_END = {"B": 1, "C": 16, "M": 32, "H": 8, "W": 8, "G": 4, "O": 3}
 
@@ -39,10 +40,10 @@ def warmup(
 
     Args:
         shapes: op name -> sizes of each call, by the names that ``snapgen_kernels.testing`` uses (for group_norm_silu:
-            B, C, H, W, G). ``snapgen_kernels.testing.model_shapes()`` has those of the model. Under norm_silu_conv
-            stand decoders' ends: the last block (B, C, M, H, W, G), which tells the norm after it its statistics, and
-            the layer behind it, of G groups and O outputs. None: with ``tune`` the model's; else the small test shapes
-            of every op, which loads everything and compiles every kind of kernel once.
+            B, C, H, W, G). ``snapgen_kernels.testing.model_shapes()`` has those of the model's registered ops. Under
+            norm_silu_conv stand decoders' ends: the last block (B, C, M, H, W, G), which tells the norm after it its
+            statistics, and the layer behind it, of G groups and O outputs. None: with ``tune`` the model's; else the
+            small test shapes of every op, which loads everything and compiles every kind of kernel once.
         device: where the kernels will run.
         dtypes: dtypes to compile for.
         backward: also the backward kernels.
@@ -122,18 +123,24 @@ class _End(NamedTuple):
         from snapgen_kernels.decoding import apply_block, norm_silu_conv
         from snapgen_kernels.group_norm_silu import Norm
 
-        batch, channels, middle, height, width, groups, outputs = (self.dims[name] for name in "BCMHWGO")
-        block = DecoderBlock(channels, expansion=middle // channels, num_groups=groups).to(device, self.dtype)
-        x = torch.randn(batch, channels, height, width, device=device).to(self.dtype)
+        batch, channels, middle, height, width, groups, outputs = (self.dims[name] for name in _END_SIZES)
+        with torch.random.fork_rng(devices=()):  # a program's own random numbers stay what they are
+            block = DecoderBlock(channels, expansion=middle // channels, num_groups=groups).to(device, self.dtype)
+        x = torch.ones(batch, channels, height, width, device=device, dtype=self.dtype)
         norm = Norm(groups, block.norm.weight[:channels], block.norm.bias[:channels], 1e-6)
         y, statistics = apply_block(block, x.contiguous(memory_format=torch.channels_last), next_norm=norm)
-        weight = torch.randn(outputs, channels, 3, 3, device=device).to(self.dtype)
+        weight = torch.ones(outputs, channels, 3, 3, device=device, dtype=self.dtype)
         norm_silu_conv(y, norm, weight, weight[:, 0, 0, 0].contiguous(), statistics=statistics)
 
 
 def _ends(shapes: Shapes | None, device: torch.device, dtypes: Sequence[torch.dtype], tune: bool) -> list[_End]:
     if _backend.missing_kernel(END, device.type) is not None:
         return []
+    for dims in (shapes or {}).get(END, []):
+        if missing := [name for name in _END_SIZES if name not in dims]:
+            raise ValueError(f"warmup: {END}: no size {', '.join(missing)}; needs {', '.join(_END_SIZES)}")
+        if dims["M"] % dims["C"]:
+            raise ValueError(f"warmup: {END}: M is {dims['M']}; it must be a multiple of C, {dims['C']}")
     some = shapes.get(END, []) if shapes is not None else [_MODEL_END if tune else _SMALL_END]
     return [_End(dims, dtype) for dims in some for dtype in dtypes]
 

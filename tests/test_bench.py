@@ -115,7 +115,7 @@ def test_a_quick_run_leaves_out_what_it_has_no_time_for(monkeypatch: pytest.Monk
     monkeypatch.setattr(session, "_QUICK_DEADLINE", 0.0)
     code, text = run("--quick", "--suite", "group_norm_silu", "--seconds", "0.02")
     assert code == 0, text
-    assert "not timed: all: left out: 0 s were over" in text
+    assert "not timed: all: left out: the 0 s were over" in text
 
 
 def test_a_case_that_takes_pytorch_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

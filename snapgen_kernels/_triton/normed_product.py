@@ -1,5 +1,5 @@
-"""The second half of the decoder's block on the GPU: GroupNorm's statistics from the moments of tiles, and the product
-of what it normalises, SiLU of which is made in registers on its way there.
+"""The second half of the decoder's block on the GPU: GroupNorm's statistics from the moments of tiles, and a 1x1
+product whose operand is normalised and passed through SiLU in registers.
 """
 
 from __future__ import annotations

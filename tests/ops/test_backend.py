@@ -170,7 +170,13 @@ def test_warmup_of_a_decoders_end(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert snapgen_kernels.warmup({"norm_silu_conv": [sizes]}) == 2 and told == [True, True]
     assert "warming up 2/2 norm_silu_conv bfloat16 B=2 C=8 M=16" in capsys.readouterr().err
     monkeypatch.undo()
+    before = torch.get_rng_state()
     assert snapgen_kernels.warmup({"norm_silu_conv": [sizes]}, progress=False) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="norm_silu_conv: no size O; needs B, C"):
+        snapgen_kernels.warmup({"norm_silu_conv": [{k: v for k, v in sizes.items() if k != "O"}]})
+    with pytest.raises(ValueError, match="M is 20; it must be a multiple of C, 8"):
+        snapgen_kernels.warmup({"norm_silu_conv": [{**sizes, "M": 20}]})
 
 
 @built

@@ -222,6 +222,9 @@ def test_under_autocast_weights_are_cast(dtype: torch.dtype) -> None:
         y, statistics = apply_block(block, x, next_norm=head[1])
         pictures = norm_silu_conv(y, *head[1:])
         expected = block(x)
+        if MISSING is None:
+            with use("fused"):  # the block's own op casts
+                assert torch.equal(apply_block(block, x)[0], expected)
     assert statistics is None and pictures.dtype == torch.bfloat16
     assert torch.equal(y, expected)
     right = reference(expected.float(), *head[1:])
@@ -234,3 +237,11 @@ def test_last_layer_names_what_does_not_fit() -> None:
         norm_silu_conv(x, norm, weight[:, :11], bias)
     with pytest.raises(ValueError, match="bias has shape"):
         norm_silu_conv(x, norm, weight, bias[:2])
+    wrong = torch.zeros(1, 2), torch.ones(1, 2)
+    with pytest.raises(ValueError, match=r"statistics: mean has shape \(1, 2\); expected \(1, 4\)"):
+        norm_silu_conv(x, norm, weight, bias, statistics=wrong)
+    known = torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.float64)
+    with pytest.raises(TypeError, match="statistics: rstd has dtype"):
+        norm_silu_conv(x, norm, weight, bias, statistics=known)
+    with torch.no_grad(), pytest.raises(ValueError, match="dw1_weight has shape"):
+        apply_block(DecoderBlock(8, num_groups=2), x)
