@@ -172,6 +172,7 @@ def test_models_are_timed_inside_torch_compile(tmp_path: Path) -> None:
     assert code == 0 and "fused-compile" in {row.provider for row in read(out)}, text
 
 
+@pytest.mark.skipif(not KERNEL, reason="without a kernel nothing of ours is timed")
 def test_what_is_compiled_is_compared_with_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = models.fused
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
@@ -185,7 +186,7 @@ def test_what_is_compiled_is_compared_with_eager(tmp_path: Path, monkeypatch: py
         "--small", "--suite", "denoiser", "--seconds", "0.02", "--out", str(tmp_path / "rows.csv"),
         "--providers", "fused-compile,eager", "--dtype", "fp32",
     )  # fmt: skip
-    assert code == 0 and ("not timed: fused-compile" in text) == KERNEL, text
+    assert code == 0 and "not timed: fused-compile: its outputs are not eager's" in text, text
     assert {row.provider for row in read(tmp_path / "rows.csv")} == {"eager"}
 
 
